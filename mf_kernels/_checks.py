@@ -1,0 +1,76 @@
+"""What the public functions accept, said once: names, shapes, dtypes, devices; and the cast under autocast.
+
+Every message names the operator, the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("hardswish", "relu6", "identity")
+KERNEL_SIDES = (3, 5)
+STRIDES = (1, 2)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def feature_map(op: str, x: Tensor) -> None:
+    """x: floating point (B, C, H, W) with at least one channel and one position; B may be 0."""
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x: expected (B, C, H, W), got {x.dim()} dimensions, shape {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: x: expected a floating point dtype, got {x.dtype}")
+    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{op}: x: expected C, H and W of at least 1, got shape {tuple(x.shape)}")
+
+
+def companion(op: str, name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    """Another argument of the same call: the shape that x implies, x's dtype, x's device."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{op}: {name}: expected {letters} = {shape} to go with x {tuple(x.shape)}, got {tuple(tensor.shape)}"
+        )
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{op}: {name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name}: expected x's device {x.device}, got {tensor.device}")
+
+
+def tokens(op: str, name: str, tensor: Tensor, x: Tensor, num_heads: int) -> None:
+    """A token tensor (B, M, C) of x's batch and width, M of at least 1, C a multiple of the heads."""
+    channels = x.shape[1]
+    if num_heads < 1 or channels % num_heads != 0:
+        raise ValueError(f"{op}: num_heads: expected a divisor of C = {channels}, got {num_heads}")
+    if tensor.dim() != 3 or tensor.shape[1] == 0:
+        raise ValueError(f"{op}: {name}: expected (B, M, C) with M of at least 1, got {tuple(tensor.shape)}")
+    companion(op, name, tensor, x, (x.shape[0], tensor.shape[1], channels), "(B, M, C)")
+
+
+def depthwise(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, activation: str) -> None:
+    """weight (C*mult, 1, K, K) with K of 3 or 5, bias (C*mult), stride 1 or 2, a known activation."""
+    channels = x.shape[1]
+    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"{op}: weight: expected (C*mult, 1, K, K), got {tuple(weight.shape)}")
+    if weight.shape[2] not in KERNEL_SIDES:
+        raise ValueError(f"{op}: weight: expected a kernel side K in {KERNEL_SIDES}, got {weight.shape[2]}")
+    outputs = weight.shape[0]
+    if outputs == 0 or outputs % channels != 0:
+        raise ValueError(f"{op}: weight: expected a multiple of C = {channels} filters, got {outputs}")
+    companion(op, "weight", weight, x, tuple(weight.shape), "(C*mult, 1, K, K)")
+    if bias is not None:
+        companion(op, "bias", bias, x, (outputs,), "(C*mult,)")
+    if stride not in STRIDES:
+        raise ValueError(f"{op}: stride: expected one of {STRIDES}, got {stride}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation: expected one of {ACTIVATIONS}, got {activation!r}")
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, every floating argument in the autocast dtype (float64 is left alone); else untouched."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (x, *others)
+    )

@@ -1,0 +1,173 @@
+"""Which kernel serves a call: asked for, or chosen; with a reason for every kernel that cannot.
+
+A backend is "native" (C++ on CPU, CUDA C++ on CUDA), "triton" or "reference" (plain PyTorch). "auto" takes the first
+of `PREFERENCE` that can serve the operator on that device and dtype, and says so once when that is the reference.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from mf_kernels import _native
+
+OPS = ("mobile_to_former", "former_to_mobile", "dynamic_relu", "depthwise_conv2d")
+BACKENDS = ("auto", "reference", "native", "triton")
+PREFERENCE = {"cpu": ("native",), "cuda": ("triton", "native")}
+MAX_TOKENS = 8
+_DTYPES = {
+    ("native", "cpu"): (torch.float32, torch.float64, torch.bfloat16),
+    ("native", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
+    ("triton", "cpu"): (torch.float32, torch.float16, torch.bfloat16),
+    ("triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
+}
+
+
+class KernelFallbackWarning(UserWarning):
+    """`auto` could not serve an operator with a fused kernel and runs the reference."""
+
+
+class _Requested(threading.local):
+    backend = "auto"
+
+
+_requested = _Requested()
+# torch.compile bakes the backend into the graph and cannot guard on a thread's own variable; it can on a module's.
+_last_requested = "auto"
+_served: collections.Counter[str] = collections.Counter()
+_warned: set[str] = set()
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Serve every call of this thread inside the block from one backend; nests; restores what was before.
+
+    ==============  =====================================================================================
+    "auto"          the best kernel that can serve the call, else the reference with one warning per op
+    "reference"     plain PyTorch
+    "native"        C++ on CPU tensors, CUDA C++ on CUDA tensors; raises RuntimeError when it cannot serve
+    "triton"        Triton on CUDA tensors, on CPU tensors under TRITON_INTERPRET=1; raises likewise
+    ==============  =====================================================================================
+
+    A function under `torch.compile` takes the backend of the thread that entered a block last, when it is (re)traced.
+    Raises ValueError for another name.
+    """
+    global _last_requested
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    before = _requested.backend
+    _requested.backend = _last_requested = backend
+    try:
+        yield
+    finally:
+        _requested.backend = _last_requested = before
+
+
+def route(op: str, device: str, dtype: torch.dtype, num_tokens: int = 1) -> str:
+    """The backend that serves this call: "native", "triton" or "reference"."""
+    compiling = torch.compiler.is_compiling()
+    backend = _last_requested if compiling else _requested.backend
+    if backend == "reference":
+        return "reference"
+    chosen = _resolve(op, backend, device, dtype, num_tokens > MAX_TOKENS)
+    if not compiling and chosen == "reference":
+        _served[f"{op}:reference"] += 1
+    return chosen
+
+
+@torch.compiler.assume_constant_result
+def _resolve(op: str, requested: str, device: str, dtype: torch.dtype, too_many_tokens: bool) -> str:
+    if device == "meta":
+        return "reference"
+    candidates = PREFERENCE.get(device, ()) if requested == "auto" else (requested,)
+    reasons = {backend: why_not(op, backend, device, dtype, too_many_tokens) for backend in candidates}
+    for backend, reason in reasons.items():
+        if reason is None:
+            return backend
+    told = "; ".join(f"{b}: {r}" for b, r in reasons.items()) or f"no kernels for device {device!r}"
+    if requested != "auto":
+        raise RuntimeError(f"{op}: backend {requested!r} was asked for and cannot serve this call: {told}")
+    _fall_back(op, told)
+    return "reference"
+
+
+@functools.cache
+def why_not(op: str, backend: str, device: str, dtype: torch.dtype, too_many_tokens: bool = False) -> str | None:
+    """None when the backend serves this operator on this device in this dtype, else the reason in words."""
+    dtypes = _DTYPES.get((backend, device))
+    if dtypes is None:
+        return f"no kernels for device {device!r}"
+    missing = _native.load(device) if backend == "native" else _triton_missing(op, device)
+    if missing is not None:
+        return missing
+    if dtype not in dtypes:
+        return f"no kernel for {dtype}, only {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
+    if too_many_tokens:
+        return f"more than {MAX_TOKENS} tokens"
+    return None
+
+
+def _triton_missing(op: str, device: str) -> str | None:
+    if importlib.util.find_spec(f"mf_kernels.triton.{op}") is None:
+        return "this package holds no Triton kernel for this operator"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
+    try:
+        importlib.import_module(f"mf_kernels.triton.{op}")
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    return None
+
+
+def _fall_back(op: str, reasons: str) -> None:
+    message = f"{op}: no fused kernel serves this call, the plain PyTorch reference does ({reasons})"
+    if os.environ.get("MF_KERNELS_STRICT") == "1":
+        raise RuntimeError(f"{message}; MF_KERNELS_STRICT=1 makes this an error")
+    with _lock:
+        first = op not in _warned
+        _warned.add(op)
+    if first:
+        warnings.warn(f"{message}; see `python -m mf_kernels`", KernelFallbackWarning, stacklevel=5)
+
+
+class KernelRecord:
+    """Live counts of the kernels that ran since the record began, by name, from all threads."""
+
+    def __init__(self) -> None:
+        self._before = _all_served()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """{"dynamic_relu_fwd:native:cpu:avx512": 3, "mobile_to_former:reference": 1, ...}"""
+        return dict(_all_served() - self._before)
+
+
+@contextlib.contextmanager
+def record_kernels() -> Iterator[KernelRecord]:
+    """See which kernel served: `with record_kernels() as record: ...; record.counts`.
+
+    Counted where a kernel runs (in the C++ library, in the Triton launcher), so it holds for backward passes and
+    compiled graphs too. A reference that `torch.compile` has inlined is PyTorch's own code and is not counted.
+    """
+    yield KernelRecord()
+
+
+def count_served(kernel: str) -> None:
+    """Called by a Python launcher each time its kernel runs."""
+    _served[kernel] += 1
+
+
+def _all_served() -> collections.Counter[str]:
+    return _served + collections.Counter(_native.cpu_calls())

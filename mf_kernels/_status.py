@@ -1,0 +1,63 @@
+"""What is there on this machine, what it was built with, and why what is missing is missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mf_kernels import _native, _registry
+
+
+def status() -> list[dict[str, Any]]:
+    """One row per operator, device and backend.
+
+    ============  ========================================================================
+    key           value
+    ============  ========================================================================
+    op            "mobile_to_former", ...
+    device        "cpu" or "cuda"
+    backend       "native" or "triton"
+    available     whether a call in float32 would be served
+    automatic     whether `use_backend("auto")` would take it
+    reason        None, or why it is not available
+    built_with    compiler, torch and instruction sets of the library, None where there is none
+    ============  ========================================================================
+    """
+    rows = []
+    for op in _registry.OPS:
+        for device, preference in _registry.PREFERENCE.items():
+            present = device == "cpu" or torch.cuda.is_available()
+            reasons = {
+                backend: _registry.why_not(op, backend, device, torch.float32)
+                if present
+                else "this machine has no CUDA device"
+                for backend in ("native", "triton")
+            }
+            automatic = next((backend for backend in preference if reasons[backend] is None), None)
+            rows += [
+                {
+                    "op": op,
+                    "device": device,
+                    "backend": backend,
+                    "available": reason is None,
+                    "automatic": backend == automatic,
+                    "reason": reason,
+                    "built_with": _built_with(backend, device) if reason is None else None,
+                }
+                for backend, reason in reasons.items()
+            ]
+    return rows
+
+
+def _built_with(backend: str, device: str) -> str:
+    if backend == "triton":
+        import triton
+
+        return f"triton {triton.__version__}"
+    record = _native.build_record()
+    built = f"{record.get('compiler', 'compiler not recorded')}, torch {record.get('torch', 'not recorded')}"
+    if device == "cpu":
+        report = _native.cpu_report()
+        built += f"; runs {report['isa']} of {', '.join(report['compiled'])}"
+    return built

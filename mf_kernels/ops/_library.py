@@ -1,0 +1,60 @@
+"""What every operator's registration shares: one schema for each backend, and the refusal of a second derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Overloads = dict[str, Callable[..., Any]]
+
+
+def define(name: str, signature: str, fake: Callable[..., Any]) -> Overloads:
+    """Declare `mf_kernels::<name>.native` and `.triton` with their shape function; libraries fill them when loaded.
+
+    Declared here and not in C++, an operator exists (for export, compile and tests) with no compiler and no GPU.
+    """
+    overloads: Overloads = {}
+    for backend in ("native", "triton"):
+        qualified = f"mf_kernels::{name}.{backend}"
+        torch.library.define(qualified, signature, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(qualified, fake)
+        overloads[backend] = getattr(getattr(torch.ops.mf_kernels, name), backend)
+    return overloads
+
+
+def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """A map in x's layout, as the kernels allocate it: channels_last where x is that and nothing else, else contiguous."""
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty(
+        (x.shape[0], channels, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+
+
+class _RefuseDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, source: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.op = op
+        return tuple(g.view_as(g) if g is not None else None for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            f"mf_kernels.{ctx.op}: the fused kernels have no second derivative (double backward); "
+            'use mf_kernels.use_backend("reference") where it is needed'
+        )
+
+
+def first_order_only(op: str, d_output: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients, tied to a node that raises by name if somebody differentiates them again.
+
+    `once_differentiable` would raise too, but with a message that names neither the operator nor the way out.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return gradients
+    return _RefuseDoubleBackward.apply(op, d_output, *gradients)
