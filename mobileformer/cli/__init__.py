@@ -1,0 +1,41 @@
+"""The command line: `mobileformer info | predict | bench | convert | demo`, one file per command.
+
+Every command prints tables for people, or with --json one JSON document and nothing else on standard output.
+Exit codes: 0 fine, 1 something failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from mobileformer.cli import bench, convert, demo, info, predict
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="mobileformer",
+    help="Mobile-Former, exact and fused: look at the variants, classify images, measure, convert weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a traceback is for whoever reports a bug: plain, whole, without local variables
+)
+app.command("info")(info.info)
+app.command("predict")(predict.predict)
+app.command("bench")(bench.bench)
+app.command("convert")(convert.convert)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m mobileformer`; leaves by SystemExit."""
+    try:
+        try:
+            app(prog_name="mobileformer")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, less) has gone: not our failure, but nobody got the rest either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,90 @@
+"""What the commands share: where output goes, how a failure is told, how a table is drawn."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+__all__ = ["CommandError", "JsonOption", "check_variant", "command", "note", "print_json", "print_table", "progress"]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
+
+
+class CommandError(Exception):
+    """A failure the user can do something about; its message is all that is shown."""
+
+
+@contextmanager
+def command(as_json: bool) -> Iterator[None]:
+    """Around a command's body: turns a `CommandError` into a message and exit code 1, Ctrl-C into exit code 130."""
+    try:
+        yield
+    except CommandError as error:
+        fail(str(error), as_json)
+    except KeyboardInterrupt:
+        note("interrupted")
+        raise typer.Exit(130) from None
+
+
+def fail(message: str, as_json: bool) -> NoReturn:
+    """Tell a failure on standard error, with --json also as {"error": message}, and leave with exit code 1."""
+    note(f"error: {message}")
+    if as_json:
+        print_json({"error": message})
+    raise typer.Exit(1)
+
+
+def note(message: str) -> None:
+    """A line for the person watching, on standard error."""
+    typer.echo(message, err=True)
+
+
+def print_json(document: Any) -> None:
+    """Strict JSON: a NaN here would be a bug, so it raises."""
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str | None = None) -> None:
+    """A table on standard output. Columns whose cells are all numbers are set to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Without a terminal rich assumes 80 columns and folds cells; a file or a pipe has room.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for index, column in enumerate(columns):
+        numeric = all(_is_number(str(row[index])) for row in rows)
+        table.add_column(column, justify="right" if numeric and rows else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))  # Text: a file name may look like rich's markup
+    console.print(table)
+
+
+def progress(items: Any, description: str, *, total: int | None = None) -> Any:
+    """A progress bar on standard error, only where somebody watches, gone when it is done."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=description, total=total, leave=False, disable=None, file=sys.stderr)
+
+
+def check_variant(value: str | None) -> str | None:
+    """Callback of --variant options: a known variant's name."""
+    from mobileformer import VARIANTS
+
+    if value is not None and value not in VARIANTS:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(VARIANTS)}")
+    return value
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.replace(" ", "").rstrip("x%"))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,230 @@
+"""Decoding of image files and the evaluation preprocessing of the published recipe.
+
+Decoding ends in 8-bit "RGB" (or "L" where the weights have one input channel), upright, opaque:
+
+| in the file | becomes |
+|---|---|
+| orientation in EXIF (or XMP) | the picture as a viewer shows it |
+| transparency (alpha channel, palette or colour key) | composited on white, as a page shows it |
+| grey, palette, bilevel, CMYK, YCbCr, HSV | Pillow's conversion; embedded colour profiles are not applied, as ImageNet pipelines do not |
+| 16-bit grey (I;16, I) | value / 257, rounded: the whole range 0 .. 65535 counts, nothing is stretched |
+| 32-bit float grey (F) | value * 255, rounded, if every value lies in 0 .. 1; refused otherwise, its range is unknown |
+| several frames or pages | the first |
+
+Preprocessing: short side to floor(size / 0.875) by Pillow's bilinear filter (which averages when it shrinks), centre
+crop size x size, divide by 255, subtract the mean, divide by the standard deviation. For size 224 the short side is 256.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+__all__ = [
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "ImageError",
+    "decode_image",
+    "find_images",
+    "load_image",
+    "preprocess",
+    "sample_photo",
+]
+
+# A fixed list: Pillow also knows formats that start other programs (EPS starts Ghostscript), which no image from outside may.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jfif .mpo .png .apng .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif".split()
+)
+# Pillow's own limit of refusal, kept here because the host program may have lifted Pillow's: 0.5 GB as RGB.
+MAX_PIXELS = 178_956_970
+CROP_FRACTION = 0.875
+# A centre crop sees a square: of a longer strip only the middle is resized, or a 1 x 100000 image would need 20 GB.
+MAX_ASPECT = 32
+
+# EXIF orientation -> the operation that makes the picture upright (EXIF 2.32, tag 0x0112).
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image file that cannot be used; the message starts with its name and says why."""
+
+
+def decode_image(source: str | os.PathLike[str] | BinaryIO, *, channels: int = 3) -> Image.Image:
+    """Decode one image file to an upright, opaque 8-bit image: "RGB" for 3 channels, "L" for 1.
+
+    Args:
+        source: a path, or an open binary file.
+        channels: 3, or 1 for ITU-R 601 luma, L = (299 R + 587 G + 114 B) / 1000.
+
+    Raises:
+        ImageError: no such file, empty, not an image, truncated, damaged, larger than `MAX_PIXELS`, or of unknown range.
+        ValueError: `channels` is neither 1 nor 3.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels: an image has 1 or 3 of them, got {channels}")
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(getattr(source, "name", "image"))
+    if isinstance(source, (str, os.PathLike)):
+        source = Path(source)
+        _check_readable(source, name)
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{name}: {image.width} x {image.height} pixels, more than {MAX_PIXELS} are refused")
+            image.load()  # the first frame
+            upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            flat = _to_rgb(image, name)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: more than {MAX_PIXELS} pixels are refused") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not an image in a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # damaged bytes lead Pillow's decoders to almost any exception; each means the same here
+        raise ImageError(f"{name}: cannot be decoded: {type(error).__name__}: {error}") from error
+    if upright is not None:
+        flat = flat.transpose(upright)
+    return flat if channels == 3 else flat.convert("L")
+
+
+def preprocess(
+    image: Image.Image, *, size: int = 224, mean: Sequence[float], std: Sequence[float]
+) -> npt.NDArray[np.float32]:
+    """Short side to floor(size / 0.875), centre crop, y = (x / 255 - mean) / std.
+
+    | name | shape | dtype, unit |
+    |---|---|---|
+    | image | W x H, any | 8-bit "RGB" with 3 means, "L" with 1 |
+    | mean, std | C | of values in 0 .. 1 |
+    | result | (C, size, size) | float32 |
+
+    Sizes round as in the evaluation transforms of torchvision, to which the result is equal bit for bit up to the
+    last float32 rounding. Source: the evaluation recipe of the published checkpoints (timm, crop_pct 0.875, bilinear).
+
+    Raises:
+        ValueError: the mode does not fit the number of means, or `mean`, `std` differ in length, or size < 1.
+    """
+    if len(mean) != len(std):
+        raise ValueError(f"mean and std: expected equally many values, got {len(mean)} and {len(std)}")
+    if size < 1:
+        raise ValueError(f"size: expected at least 1 pixel, got {size}")
+    wanted = {1: "L", 3: "RGB"}.get(len(mean))
+    if image.mode != wanted:
+        raise ValueError(f"image: mode {image.mode!r} does not fit {len(mean)} channel means, expected {wanted!r}")
+    width, height = image.size
+    if width > MAX_ASPECT * height:
+        image = _centre_crop(image, MAX_ASPECT * height, height)
+    elif height > MAX_ASPECT * width:
+        image = _centre_crop(image, width, MAX_ASPECT * width)
+    width, height = image.size
+    short = math.floor(size / CROP_FRACTION)
+    resized = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    image = _centre_crop(image.resize(resized, Image.Resampling.BILINEAR), size, size)
+    pixels = np.asarray(image, dtype=np.float32).reshape(size, size, len(mean)) / np.float32(255)
+    pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def load_image(
+    source: str | os.PathLike[str] | BinaryIO, *, size: int = 224, mean: Sequence[float], std: Sequence[float]
+) -> npt.NDArray[np.float32]:
+    """`decode_image` with as many channels as there are means, then `preprocess`: (C, size, size) float32."""
+    return preprocess(decode_image(source, channels=len(mean)), size=size, mean=mean, std=std)
+
+
+def find_images(arguments: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, str | None]]:
+    """Name every image that files, folders and glob patterns stand for: pairs (path, None) or (argument, what is wrong).
+
+    A file is taken whatever it is called. A folder gives its files with a suffix in `SUFFIXES`, subfolders included,
+    hidden names and links to folders left out. A pattern (`*`, `?`, `[...]`, `**`) counts where no file has that very
+    name. Folders and patterns give their files in sorted order, arguments stay in the order given.
+    """
+    for argument in map(os.fspath, arguments):
+        if os.path.isdir(argument):
+            yield from _from_folder(argument)
+        elif os.path.lexists(argument) or not glob.has_magic(argument):
+            yield argument, None
+        elif not (matches := sorted(glob.glob(argument, recursive=True))):
+            yield argument, f"{argument}: no file matches this pattern"
+        else:
+            for match in matches:
+                if os.path.isfile(match):
+                    yield match, None
+                elif "**" not in argument:  # there the folder's files are matches of their own
+                    yield from _from_folder(match)
+
+
+def sample_photo() -> Path:
+    """Path of the photo that comes with the package: a cat, 451 x 300, CC0; chelsea.txt beside it has the source."""
+    return Path(__file__).with_name("chelsea.jpg")
+
+
+def _check_readable(path: Path, name: str) -> None:
+    if not path.exists():
+        raise ImageError(f"{name}: no such file")
+    if path.is_dir():
+        raise ImageError(f"{name}: a folder, expected an image file")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ImageError(f"{name}: the file is empty")
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep_grey_to_rgb(image, name)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        opaque = Image.new("RGBA", image.size, "white")
+        straight = image.convert("LA") if image.mode == "La" else image
+        opaque.alpha_composite(straight.convert("RGBA"))
+        return opaque.convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_grey_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    top, kind = (1.0, "float") if image.mode == "F" else (65535.0, "integer")
+    if not (low >= 0 and high <= top):  # written so that NaN is refused too
+        raise ImageError(f"{name}: {kind} values from {low:g} to {high:g}, expected 0 to {top:g}")
+    grey = np.rint(values * (255 / top)).astype(np.uint8)
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _from_folder(folder: str) -> Iterator[tuple[str, str | None]]:
+    found: list[str] = []
+    unreadable: list[OSError] = []
+    for here, subfolders, files in os.walk(folder, onerror=unreadable.append):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [os.path.join(here, name) for name in files if _looks_like_image(name)]
+    for error in unreadable:
+        yield str(error.filename), f"{error.filename}: {error.strerror}"
+    if not found and not unreadable:
+        yield folder, f"{folder}: no image in this folder (looked for {' '.join(sorted(SUFFIXES))})"
+    for path in sorted(found):
+        yield path, None
+
+
+def _looks_like_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES

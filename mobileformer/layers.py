@@ -1,0 +1,236 @@
+"""The parts blocks are made of: convolution with its norm, dynamic ReLU, the two bridges and the Former.
+
+Legend: B batch, C channels, H W height and width, L = H*W, M tokens, D token width, N heads, E = C/N head width.
+Names of parameters, and their order, follow the published modules one to one (`weights.py` has the table), so that the
+state of an optimizer saved beside a published checkpoint stays in step too.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mf_kernels
+from mf_kernels import reference
+
+__all__ = [
+    "BRIDGE_HEADS",
+    "FORMER_HEADS",
+    "ConvNorm",
+    "DropPath",
+    "DynamicReLU",
+    "Former",
+    "FormerToMobile",
+    "MobileToFormer",
+    "channel_shuffle",
+    "hard_sigmoid",
+]
+
+BRIDGE_HEADS = 2
+FORMER_HEADS = 4
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """clamp(x + 3, 0, 6) / 6. Not `F.hardsigmoid`: that keeps 1/6 in float32, which a float64 gradient shows."""
+    return (x + 3).clamp(0, 6) / 6
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """out[:, j * groups + i] = x[:, i * (C / groups) + j]; x (B,C,H,W)."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class KernelModule(nn.Module):
+    """A module whose heavy part is one of the four operators.
+
+    The operators are looked up per call rather than stored: a Python module can be neither copied nor pickled.
+    """
+
+    def __init__(self, use_fused: bool) -> None:
+        super().__init__()
+        self.use_fused = use_fused
+
+    @property
+    def ops(self) -> ModuleType:
+        return mf_kernels if self.use_fused else reference
+
+
+class DropPath(nn.Module):
+    """Zero an update for a whole sample with probability `rate` while training, and scale the survivors by 1/(1-rate)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, update: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return update
+        keep = 1.0 - self.rate
+        mask = update.new_empty((update.shape[0],) + (1,) * (update.ndim - 1)).bernoulli_(keep)
+        return update * (mask / keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class ConvNorm(KernelModule):
+    """activation(BatchNorm(convolution(x))), then a channel shuffle where `shuffle` > 1. No convolution has a bias.
+
+    x (B,C,H,W) -> (B,C',ceil(H/stride),ceil(W/stride)).
+    With `use_fused`, the running statistics of evaluation mode go into the convolution: weight * scale and one bias, which
+    saves a pass over the map and stays differentiable in every parameter.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        activation: Literal["identity", "relu6"] = "identity",
+        shuffle: int = 1,
+        use_fused: bool,
+    ) -> None:
+        super().__init__(use_fused)
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
+        )
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.activation = activation
+        self.shuffle = shuffle
+        nn.init.normal_(self.conv.weight, std=math.sqrt(2.0 / (kernel_size**2 * out_channels)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_fused and not self.norm.training:
+            scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
+            bias = self.norm.bias - self.norm.running_mean * scale
+            y = self._convolve(x, self.conv.weight * scale[:, None, None, None], bias, self.activation)
+        else:
+            y = self.norm(self._convolve(x, self.conv.weight, None, "identity"))
+            if self.activation == "relu6":
+                y = F.relu6(y)
+        return channel_shuffle(y, self.shuffle) if self.shuffle > 1 else y
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        conv = self.conv
+        if self.use_fused and conv.groups == conv.in_channels:
+            return mf_kernels.depthwise_conv2d(x, weight, bias, stride=conv.stride[0], activation=activation)
+        y = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
+        return F.relu6(y) if activation == "relu6" else y
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, shuffle={self.shuffle}"
+
+
+class DynamicReLU(KernelModule):
+    """max(a1 x, a2 x) with slopes made from the tokens: a1 = 2 theta1 in [0, 2], a2 = 2 theta2 - 1 in [-1, 1].
+
+    theta = hsig(expand(relu(reduce(token)))), 2C values: the first C are theta1, the last C are theta2.
+    One theta a sample, from token 0, shared by all positions; or, where `mix` is given, one theta a position:
+    theta_i = sum over tokens j of mix_ij theta_j.
+    """
+
+    def __init__(self, channels: int, token_dim: int, *, use_fused: bool) -> None:
+        super().__init__(use_fused)
+        self.reduce = nn.Linear(token_dim, token_dim // 4)
+        self.expand = nn.Linear(token_dim // 4, 2 * channels)
+
+    def forward(self, x: Tensor, tokens: Tensor, mix: Tensor | None = None) -> Tensor:
+        """x (B,C,H,W), tokens (B,M,D), mix (B,M,H,W) or None -> (B,C,H,W)."""
+        if mix is None:
+            return self.ops.dynamic_relu(x, self.logits(tokens[:, 0]))
+        theta1, theta2 = self.theta(tokens, mix).chunk(2, dim=1)
+        return torch.maximum(2 * theta1 * x, (2 * theta2 - 1) * x)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(..., D) -> (..., 2C), before the hard sigmoid."""
+        return self.expand(F.relu(self.reduce(tokens)))
+
+    def theta(self, tokens: Tensor, mix: Tensor | None = None) -> Tensor:
+        """The coefficients in [0, 1]: (B,2C,1,1) from token 0, or (B,2C,H,W) with `mix`."""
+        if mix is None:
+            return hard_sigmoid(self.logits(tokens[:, 0]))[:, :, None, None]
+        return torch.einsum("bmk,bmhw->bkhw", hard_sigmoid(self.logits(tokens)), mix)
+
+
+class MobileToFormer(KernelModule):
+    """Tokens gather from the map: LN(tokens + project(gate * attention(query(tokens), x, x))).
+
+    The map is key and value as it is, unprojected; the gate is 2 hsig(Linear(tokens)), a factor for every token and channel.
+    """
+
+    def __init__(self, channels: int, token_dim: int, *, drop_path: float, use_fused: bool) -> None:
+        super().__init__(use_fused)
+        self.gate = nn.Linear(token_dim, channels)
+        self.query = nn.Linear(token_dim, channels)
+        self.project = nn.Linear(channels, token_dim)
+        self.norm = nn.LayerNorm(token_dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x (B,C,H,W), tokens (B,M,D) -> tokens (B,M,D)."""
+        gathered = self.ops.mobile_to_former(x, self.query(tokens), num_heads=BRIDGE_HEADS)
+        update = self.project(gathered * (2 * hard_sigmoid(self.gate(tokens))))
+        return self.norm(tokens + self.drop_path(update))
+
+    def token_mix(self, x: Tensor, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """Weights of the tokens at every position, (B,M,*size), summing to 1 over M; same arguments as `forward`.
+
+        The scaled scores before their softmax, averaged over the heads, pooled to `size`, then a softmax over the tokens.
+        Heads are channel chunks, so the average over heads is one dot product over all channels, divided by N.
+        """
+        query = self.query(tokens)
+        scale = (x.shape[1] // BRIDGE_HEADS) ** -0.5 / BRIDGE_HEADS
+        scores = torch.einsum("bmc,bchw->bmhw", query * scale, x)
+        if scores.shape[2:] != size:
+            scores = F.adaptive_avg_pool2d(scores, size)
+        return scores.softmax(dim=1)
+
+
+class Former(KernelModule):
+    """A transformer layer on the tokens: attention where only the query is projected, then a feed-forward net; post-norm.
+
+    Keys and values are the raw tokens, exactly as the bridge reads the map. So the attention is the same operator with the
+    tokens as a map of height 1 and width M.
+    """
+
+    def __init__(self, token_dim: int, *, drop_path: float, use_fused: bool) -> None:
+        super().__init__(use_fused)
+        self.ffn = nn.Sequential(
+            nn.Linear(token_dim, 2 * token_dim), nn.GELU(), nn.Linear(2 * token_dim, token_dim)
+        )
+        self.ffn_norm = nn.LayerNorm(token_dim)
+        self.query = nn.Linear(token_dim, token_dim)
+        self.project = nn.Linear(token_dim, token_dim)
+        self.norm = nn.LayerNorm(token_dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B,M,D) -> (B,M,D)."""
+        token_map = tokens.transpose(1, 2).unsqueeze(2)
+        gathered = self.ops.mobile_to_former(token_map, self.query(tokens), num_heads=FORMER_HEADS)
+        tokens = self.norm(tokens + self.drop_path(self.project(gathered)))
+        return self.ffn_norm(tokens + self.ffn(tokens))
+
+
+class FormerToMobile(KernelModule):
+    """The map gathers from the tokens: x + attention(x, key(tokens), value(tokens)). No output projection, no norm."""
+
+    def __init__(self, channels: int, token_dim: int, *, drop_path: float, use_fused: bool) -> None:
+        super().__init__(use_fused)
+        self.key = nn.Linear(token_dim, channels)
+        self.value = nn.Linear(token_dim, channels)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x (B,C,H,W), tokens (B,M,D) -> (B,C,H,W)."""
+        # The update is linear in the values, so dropping those drops it, and the operator keeps its residual.
+        values = self.drop_path(self.value(tokens))
+        return self.ops.former_to_mobile(x, self.key(tokens), values, num_heads=BRIDGE_HEADS)

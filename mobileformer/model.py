@@ -1,0 +1,190 @@
+"""The whole network: tokens and stem, blocks, the last bridge into the tokens, classifier."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mobileformer.blocks import DownBlock, LiteBlock, SameBlock
+from mobileformer.config import BlockConfig, VariantConfig, get_variant
+from mobileformer.layers import ConvNorm, MobileToFormer, channel_shuffle
+
+__all__ = ["MIN_SIZE", "Head", "Model"]
+
+MIN_SIZE = 32  # the stride of the last map
+
+
+class Head(nn.Module):
+    """pointwise C -> 6C . BatchNorm . ReLU6 . mean over positions . hswish; with token 0 -> Linear . BatchNorm . hswish -> Linear."""
+
+    def __init__(self, config: VariantConfig, num_classes: int, *, drop_rate: float, use_fused: bool) -> None:
+        super().__init__()
+        channels = config.feature_channels
+        self.groups = config.groups
+        self.expand = ConvNorm(
+            channels, config.head_channels, 1, groups=config.groups, activation="relu6", use_fused=use_fused
+        )
+        self.fc = nn.Linear(config.head_channels + config.token_dim, config.hidden_features)
+        self.norm = nn.BatchNorm1d(config.hidden_features)
+        self.dropout = nn.Dropout(drop_rate)
+        self.classifier = nn.Linear(config.hidden_features, num_classes)
+
+    def forward(self, features: Tensor, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """features (B,C,H,W), tokens (B,M,D) -> logits (B,classes), or (B,hidden) before dropout with `pre_logits`."""
+        joint = torch.cat([self.pool(features), tokens[:, 0]], dim=1)
+        hidden = F.hardswish(self.norm(self.fc(joint)))
+        return hidden if pre_logits else self.classifier(self.dropout(hidden))
+
+    def pool(self, features: Tensor) -> Tensor:
+        """(B,C,H,W) -> (B,6C)."""
+        if self.groups > 1:
+            features = channel_shuffle(features, self.groups)
+        return F.hardswish(self.expand(features).mean(dim=(2, 3)))
+
+
+class Model(nn.Module):
+    """Mobile-Former (arXiv 2108.05895): a MobileNet-like trunk and a few global tokens, in step, with a bridge each way.
+
+    | argument             | meaning                                                                                     |
+    |----------------------|---------------------------------------------------------------------------------------------|
+    | variant              | "26m", "52m", "96m", "151m", "214m", "294m" or "508m"                                       |
+    | num_classes          | width of the last layer, at least 1                                                         |
+    | in_chans             | channels of the input, at least 1                                                           |
+    | use_fused            | True: the operators of `mf_kernels`, channels_last inside, BatchNorm folded on the fly in   |
+    |                      | evaluation mode. False: plain PyTorch, layer by layer; no compiled library is ever touched. |
+    |                      | The same state dict and the same numbers either way.                                        |
+    | drop_rate            | dropout before the last layer, in [0, 1)                                                    |
+    | drop_path_rate       | stochastic depth, in [0, 1); block i of n has rate * (i + 1) / n                            |
+    | spatial_dynamic_relu | slopes of dynamic ReLU for every position, mixed over all tokens by the scores of the       |
+    |                      | bridge, in place of one slope a channel from token 0. Same parameters. Its slopes vary by   |
+    |                      | position, which the fused operator does not know: that part runs in plain PyTorch.          |
+
+    Stochastic depth acts where the published code has it: on the residual of a same block, the inner branch of a down block,
+    and the updates of the two bridges and the Former's attention (not its feed-forward net, not lite blocks; the last bridge
+    has the full rate). It drops an update per sample. The published code, holding its tokens first, drops one token of the
+    whole batch at a time instead; every published recipe has rate 0.
+
+    | tensor   | shape                              | dtype                                                              |
+    |----------|------------------------------------|--------------------------------------------------------------------|
+    | x        | (B, in_chans, H, W), H and W >= 32 | that of the parameters (any floating dtype under autocast)         |
+    | features | (B, C, ceil(H/32), ceil(W/32))     | same; every stage of stride 2 rounds up                            |
+    | tokens   | (B, M, D)                          | same                                                               |
+    | logits   | (B, num_classes)                   | same                                                               |
+
+    Initialisation as published: convolutions N(0, sqrt(2 / (k k out_channels))), linear layers N(0, 0.01) with bias 0, tokens
+    N(0, 1), norms 1 and 0. Raises ValueError for an argument or a shape out of range, TypeError for a wrong dtype.
+    """
+
+    def __init__(
+        self,
+        variant: str = "294m",
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        use_fused: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        spatial_dynamic_relu: bool = False,
+    ) -> None:
+        super().__init__()
+        config = get_variant(variant)
+        _check_at_least_one("num_classes", num_classes)
+        _check_at_least_one("in_chans", in_chans)
+        _check_rate("drop_rate", drop_rate)
+        _check_rate("drop_path_rate", drop_path_rate)
+        self.config = config
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.spatial_dynamic_relu = spatial_dynamic_relu
+        self._use_fused = use_fused
+
+        self.tokens = nn.Parameter(torch.empty(config.num_tokens, config.token_dim))
+        self.stem = ConvNorm(
+            in_chans, config.stem_channels, 3, stride=2, activation="relu6", use_fused=use_fused
+        )
+        self.blocks = nn.ModuleList()
+        channels = config.stem_channels
+        for index, block in enumerate(config.blocks):
+            drop_path = drop_path_rate * (index + 1) / len(config.blocks)
+            self.blocks.append(self._make_block(channels, block, drop_path))
+            channels = block.out_channels
+        self.mobile_to_former = MobileToFormer(
+            channels, config.token_dim, drop_path=drop_path_rate, use_fused=use_fused
+        )
+        self.head = Head(config, num_classes, drop_rate=drop_rate, use_fused=use_fused)
+
+        nn.init.normal_(self.tokens)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+
+    @property
+    def variant(self) -> str:
+        """Name of the variant, for instance "294m"."""
+        return self.config.name
+
+    @property
+    def use_fused(self) -> bool:
+        """Whether the model was built on the fused operators. Fixed: build another model to change it."""
+        return self._use_fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,in_chans,H,W) -> logits (B,num_classes)."""
+        features, tokens = self.forward_features(x)
+        return self.forward_head(features, tokens)
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B,in_chans,H,W) -> features (B,C,ceil(H/32),ceil(W/32)), tokens (B,M,D) after the last bridge."""
+        self._check_input(x)
+        if self._use_fused:
+            # Once, here: every operator and convolution after it keeps the layout of its input.
+            x = x.contiguous(memory_format=torch.channels_last)
+        tokens = self.tokens.repeat(x.shape[0], 1, 1)
+        x = self.stem(x)
+        for block in self.blocks:
+            x, tokens = block(x, tokens)
+        return x, self.mobile_to_former(x, tokens)
+
+    def forward_head(self, features: Tensor, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """What `forward_features` returned -> logits (B,num_classes), or the (B,hidden) vector before them."""
+        return self.head(features, tokens, pre_logits)
+
+    def _make_block(self, in_channels: int, block: BlockConfig, drop_path: float) -> nn.Module:
+        groups = self.config.groups
+        if block.kind == "lite":
+            return LiteBlock(in_channels, block, groups=groups, use_fused=self._use_fused)
+        kind = SameBlock if block.kind == "same" else DownBlock
+        return kind(
+            in_channels,
+            block,
+            token_dim=self.config.token_dim,
+            groups=groups,
+            spatial_dynamic_relu=self.spatial_dynamic_relu,
+            drop_path=drop_path,
+            use_fused=self._use_fused,
+        )
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 4:
+            raise ValueError(f"x: expected 4 dimensions (B, {self.in_chans}, H, W), got shape {tuple(x.shape)}")
+        if x.shape[1] != self.in_chans:
+            raise ValueError(f"x: expected {self.in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
+        if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
+            raise ValueError(
+                f"x: expected height and width of at least {MIN_SIZE}, got {x.shape[2]} x {x.shape[3]}"
+            )
+        expected = self.tokens.dtype
+        if x.dtype != expected and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"x: expected dtype {expected} like the model's parameters, got {x.dtype}")
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+
+
+def _check_rate(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
