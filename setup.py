@@ -7,8 +7,9 @@
 Without any library the package is pure Python and computes the same numbers through plain PyTorch. What was
 built, with what, and why the rest was not is printed and written to mf_kernels/_build.json.
 
-Two of the libraries speak to torch through its stable C interface alone: no symbol of CPython's or of libtorch's
-C++ is in them, so one file serves every Python and every torch from 2.10 on, and the wheel's tag says so.
+Two of the libraries speak to torch through its stable C interface alone: no symbol of CPython's or of
+libtorch's C++ is in them, so one file serves every Python and every torch from 2.10 on, and the wheel's tag
+says so.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
 
 # Same bits on every machine: no -march=native (the instruction set is chosen at run time) and no -ffast-math.
-# The three -f flags that stay allow vector code without changing what a sum or a product is: nobody reads errno
-# or a trap here, and a multiply-add rounded once is closer to the truth than one rounded twice.
+# The three -f flags allow vector code without changing what a sum or a product is: nobody reads errno or a
+# trap here, and a multiply-add rounded once is closer to the truth than one rounded twice.
 COMMON_FLAGS = ["-O3", "-std=c++20"]
 CXX_FLAGS = [*COMMON_FLAGS, "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 STABLE_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 NVCC_FLAGS = [*COMMON_FLAGS, *STABLE_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra"]
 # Machine code for the two data centre generations, and PTX from which the driver makes any later one.
-NVCC_ARCHITECTURES = [f"-gencode=arch=compute_{a},code={c}_{a}" for a, c in ((80, "sm"), (90, "sm"), (90, "compute"))]
+NVCC_ARCHITECTURES = [
+    f"-gencode=arch=compute_{code[-2:]},code={code}" for code in ("sm_80", "sm_90", "compute_90")
+]
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,15 @@ def first_line(*command: str) -> str | None:
 
 
 def find_cxx() -> str:
-    """The C++ compiler's first line of --version; leaves its name in CXX, which setuptools and torch both read."""
+    """First line of the C++ compiler's --version; leaves its name in CXX, for setuptools and torch."""
     wanted = os.environ.get("CXX")
     for candidate in [wanted] if wanted else ["c++", "g++", "clang++"]:
         version = first_line(*candidate.split(), "--version")
         if version is not None:
             os.environ["CXX"] = candidate
             return version
-    raise NotHere(f"no C++ compiler (CXX={wanted} does not run)" if wanted else "no C++ compiler (c++, g++, clang++)")
+    tried = f"CXX={wanted} does not run" if wanted else "tried c++, g++, clang++"
+    raise NotHere(f"no C++ compiler ({tried})")
 
 
 def find_nvcc() -> tuple[str, int]:
@@ -148,7 +152,9 @@ def make_extension(library: Library, switch: str) -> tuple[Extension, str]:
     torch = import_torch()
     if library.device == "cuda" and switch == "auto":
         if torch.version.cuda is None:
-            raise NotHere(f"torch {torch.__version__} is a CPU build ({library.switch}=1 builds all the same)")
+            raise NotHere(
+                f"torch {torch.__version__} is for the CPU ({library.switch}=1 builds all the same)"
+            )
         if int(torch.version.cuda.partition(".")[0]) != nvcc_major:
             raise NotHere(f"{nvcc} beside torch for CUDA {torch.version.cuda}: the major versions differ")
 
@@ -194,13 +200,14 @@ class BuildLibraries(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         if self.inplace:
-            # An editable install gets a new temporary folder each time; kept objects make the second one quick.
+            # An editable install gets a new temporary folder each time; kept objects make the next one quick.
             self.build_temp = str(ROOT / "build" / f"inplace-{sys.implementation.cache_tag}")
 
     def run(self) -> None:
         self.outcomes = {library.name: self.build_library(library) for library in LIBRARIES}
         report = Path("mf_kernels", "_build.json")
-        self.write(Path(self.build_lib, report), json.dumps(self.report(), indent=2) + "\n")
+        Path(self.build_lib, report).parent.mkdir(parents=True, exist_ok=True)
+        Path(self.build_lib, report).write_text(json.dumps(self.report(), indent=2) + "\n")
         if self.inplace:
             self.place(Path(self.build_lib, report), ROOT / report)
         print("\n".join(self.summary()), flush=True)
@@ -218,19 +225,19 @@ class BuildLibraries(build_ext):
             extension, compiler = make_extension(library, switch)
         except NotHere as reason:
             if switch == "1" and not str(reason).startswith("no sources"):
-                raise SetupError(f"{library.switch}=1, but {library.name} cannot be built: {reason}") from None
+                raise SetupError(f"{library.switch}=1: {library.name} cannot be built: {reason}") from None
             return Outcome(reason=str(reason))
         outcome = Outcome(compiler=compiler, flags=extension.recorded_flags)
         try:
             built = self.compile(library, extension)
         except (BaseError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
             if switch == "1":
-                raise CompileError(f"{library.switch}=1, but {library.name} does not compile: {error}") from error
+                raise CompileError(f"{library.switch}=1: {library.name} does not compile: {error}") from error
             outcome.reason = f"does not compile with {compiler}: {error}"
-            banner = "!" * 100
-            print(f"{banner}\nWARNING: {library.name} {outcome.reason}", file=sys.stderr)
-            print(f"The package goes on without it, slower. {library.switch}=1 makes this an error.", file=sys.stderr)
-            print(banner, file=sys.stderr, flush=True)
+            warn(
+                f"WARNING: {library.name} {outcome.reason}",
+                f"The package goes on without it, slower. {library.switch}=1 makes this an error.",
+            )
             return outcome
         if self.inplace:
             self.place(built, ROOT / built.relative_to(self.build_lib))
@@ -244,7 +251,8 @@ class BuildLibraries(build_ext):
         if not shutil.which("ninja") and shutil.which("ninja", path=scripts):
             os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
         self.distribution.ext_modules = [extension]
-        command = BuildExtension.with_options(no_python_abi_suffix=not library.python_module)(self.distribution)
+        build = BuildExtension.with_options(no_python_abi_suffix=not library.python_module)
+        command = build(self.distribution)
         command.build_lib = self.build_lib
         command.build_temp = str(Path(self.build_temp, library.name))  # one build.ninja for each library
         command.debug = self.debug
@@ -290,13 +298,6 @@ class BuildLibraries(build_ext):
         return lines
 
     @staticmethod
-    def write(path: Path, text: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
-
-    @staticmethod
     def place(source: Path, target: Path) -> None:
         """Copy beside the target, then rename: a process that has the old file open keeps it whole."""
         temporary = target.with_name(target.name + ".tmp")
@@ -311,20 +312,27 @@ class BuildLibraries(build_ext):
         return [*found, str(Path(self.build_lib, "mf_kernels", "_build.json"))]
 
     def get_output_mapping(self) -> dict[str, str]:
-        inside = [path for path in self.get_outputs() if Path(path).is_relative_to(self.build_lib)]
-        return {path: str(ROOT / Path(path).relative_to(self.build_lib)) for path in inside} if self.inplace else {}
+        if not self.inplace:
+            return {}
+        inside = [Path(path) for path in self.get_outputs() if Path(path).is_relative_to(self.build_lib)]
+        return {str(path): str(ROOT / path.relative_to(self.build_lib)) for path in inside}
 
 
 def drop_outdated_objects(folder: Path, headers: list[str]) -> None:
-    """Beside a CPU-only torch its BuildExtension writes no dependency files for nvcc: any newer header counts."""
+    """Beside a CPU-only torch, BuildExtension keeps no dependencies for nvcc: any newer header counts."""
     newest = max((Path(ROOT, header).stat().st_mtime for header in headers), default=0.0)
     for item in folder.rglob("*.o"):
         if item.stat().st_mtime < newest:
             item.unlink()
 
 
+def warn(*lines: str) -> None:
+    """Among the hundreds of lines of a build log."""
+    print("!" * 100, *lines, "!" * 100, sep="\n", file=sys.stderr, flush=True)
+
+
 class Wheel(bdist_wheel):
-    """py3-none-any without libraries, py3-none-<platform> with them, cp3xx only if a Python module is among them."""
+    """py3-none-any without libraries, py3-none-<platform> with them, cp3xx with a Python module."""
 
     def get_tag(self) -> tuple[str, str, str]:
         command = self.get_finalized_command("build_ext")

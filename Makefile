@@ -1,0 +1,90 @@
+# The verbs of this repository. CI runs these same recipes (.ci/run).
+# Needs Python 3.11 or later, a C++ compiler, git and a package index; everything else goes into .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+# One set of versions for every install below, inside isolated build environments too (new pips read the second).
+export PIP_CONSTRAINT := $(CURDIR)/requirements/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tools of the environment (ninja, node for pyright) are found without activating it.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+CXX_FILES := $(filter %.h %.cuh %.cpp %.cu,$(SOURCES))
+INSTALL := $(BIN)/pip install --quiet --no-build-isolation --editable
+
+.PHONY: help venv build demo test lint format audit bench clean
+
+help:
+	@echo "make demo     build, then run 294m on a photo: the fused and the reference path side by side"
+	@echo "make test     build, then the test suite with coverage"
+	@echo "make build    compile the libraries in place (MF_KERNELS_CPU, MF_KERNELS_CUDA = auto, 1 or 0)"
+	@echo "make lint     ruff, pyright, clang-format: report"
+	@echo "make format   ruff, clang-format: repair"
+	@echo "make audit    nothing of torch's unstable C++ in csrc, nor in what was compiled from it"
+	@echo "make bench    the benchmarks (BENCH='...' for pytest options)"
+	@echo "make venv     .venv with the package and every development tool"
+	@echo "make clean    remove what was built; rm -r .venv for the environment too"
+
+# Four stamps, so that a second run does only what changed.
+$(VENV)/.created: requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch numpy setuptools wheel ninja pybind11
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.created setup.py $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml | $(VENV)/.built
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.developing: $(VENV)/.created pyproject.toml | $(VENV)/.built
+	$(INSTALL) '.[dev]'
+	@touch $@
+
+venv: $(VENV)/.developing
+
+build: $(VENV)/.built
+
+demo: $(VENV)/.installed $(VENV)/.built
+	$(BIN)/mobileformer demo
+
+test: $(VENV)/.developing $(VENV)/.built
+	$(BIN)/python -m pytest --cov --cov-report=term $(TEST)
+
+lint: $(VENV)/.developing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/pyright
+
+format: $(VENV)/.developing
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The compiled libraries may use torch's stable interface only: that is why one build serves many torches and Pythons.
+audit: $(VENV)/.developing $(VENV)/.built
+	! grep -rnE 'ATen/|c10::|c10/|torch/extension\.h' csrc
+	! grep -rnE --exclude-dir=engine 'pybind11|Python\.h' csrc
+	! grep -rnE --include='*engine*' '#include *<torch' csrc
+	$(BIN)/python -m mf_kernels > /dev/null
+	$(BIN)/torch-abi-audit --check torch mf_kernels
+	! readelf -d mf_kernels/_*.so | grep -E 'RPATH|RUNPATH|libtorch_python|libc10'
+	! nm --dynamic --undefined-only mf_kernels/_*.so | c++filt | grep -E ' (Py|_Py|c10::|at::)'
+
+bench: $(VENV)/.developing $(VENV)/.built
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage coverage.xml htmlcov
+	rm -f mf_kernels/*.so mf_kernels/_build.json mobileformer/*.so $(VENV)/.built
+	find . -path ./$(VENV) -prune -o -name __pycache__ -print0 | xargs -0 rm -rf
