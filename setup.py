@@ -167,6 +167,8 @@ def make_extension(library: Library, switch: str) -> tuple[Extension, str]:
     else:
         from torch.utils import cpp_extension
 
+        if library.device == "cuda":
+            cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]  # looked up once, before we knew
         flags["cxx"] += STABLE_FLAGS
         includes += cpp_extension.include_paths(library.device)
         library_dirs += cpp_extension.library_paths(library.device)
