@@ -22,7 +22,10 @@ def load(device: str) -> str | None:
     """Load the library for "cpu" or "cuda" once. None when its kernels are ready, else the reason why not."""
     path = FOLDER / f"_{device}.so"
     if not path.is_file():
-        return f"{path.name} was not built ({build_record().get(f'{device}_reason', 'no build record')})"
+        record = library_record(device)
+        if record.get("built"):
+            return f"{path.name} was built and is no longer there"
+        return f"{path.name} was not built ({record.get('reason') or 'no build record'})"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -37,6 +40,11 @@ def build_record() -> dict[str, Any]:
     """What the build wrote down beside the libraries: compiler, versions, flags, and why a library is missing."""
     path = FOLDER / "_build.json"
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def library_record(device: str) -> dict[str, Any]:
+    """The build's row for one library: `built`, `reason`, `compiler`, `flags`; empty where nothing was recorded."""
+    return build_record().get("libraries", {}).get(f"mf_kernels._{device}", {})
 
 
 @functools.cache

@@ -55,8 +55,8 @@ def _built_with(backend: str, device: str) -> str:
         import triton
 
         return f"triton {triton.__version__}"
-    record = _native.build_record()
-    built = f"{record.get('compiler', 'compiler not recorded')}, torch {record.get('torch', 'not recorded')}"
+    compiler = _native.library_record(device).get("compiler") or "compiler not recorded"
+    built = f"{compiler}, torch {_native.build_record().get('torch', 'not recorded')}"
     if device == "cpu":
         report = _native.cpu_report()
         built += f"; runs {report['isa']} of {', '.join(report['compiled'])}"
