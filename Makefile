@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.h %.cuh %.cpp %.cu,$(SOURCES))
-INSTALL := $(BIN)/pip install --quiet --no-build-isolation --editable
+INSTALL := $(BIN)/pip install -qq --no-build-isolation --editable
 
 .PHONY: help venv build demo test lint format audit bench clean
 
@@ -35,7 +35,7 @@ help:
 # Four stamps, so that a second run does only what changed.
 $(VENV)/.created: requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch numpy setuptools wheel ninja pybind11
+	$(BIN)/pip install -qq torch numpy setuptools wheel ninja pybind11
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.created setup.py $(SOURCES)
@@ -73,10 +73,11 @@ format: $(VENV)/.developing
 
 # The compiled libraries may use torch's stable interface only: that is why one build serves many torches and Pythons.
 audit: $(VENV)/.developing $(VENV)/.built
+	@ls mf_kernels/_*.so > /dev/null || { echo "make audit: no library was built, nothing to look into"; exit 1; }
 	! grep -rnE 'ATen/|c10::|c10/|torch/extension\.h' csrc
 	! grep -rnE --exclude-dir=engine 'pybind11|Python\.h' csrc
-	! grep -rnE --include='*engine*' '#include *<torch' csrc
-	$(BIN)/python -m mf_kernels > /dev/null
+	! grep -rnE '#include *[<"](torch|ATen|c10)' $(wildcard csrc/engine) /dev/null
+	$(BIN)/python -m mf_kernels
 	$(BIN)/torch-abi-audit --check torch mf_kernels
 	! readelf -d mf_kernels/_*.so | grep -E 'RPATH|RUNPATH|libtorch_python|libc10'
 	! nm --dynamic --undefined-only mf_kernels/_*.so | c++filt | grep -E ' (Py|_Py|c10::|at::)'
