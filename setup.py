@@ -32,7 +32,7 @@ from setuptools.errors import BaseError, CompileError, SetupError
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
 
-# Same bits on every machine: no -march=native (the instruction set is chosen at run time) and no -ffast-math.
+# For every machine of the platform: no -march=native (instruction sets are chosen at run time), no -ffast-math.
 # The three -f flags allow vector code without changing what a sum or a product is: nobody reads errno or a
 # trap here, and a multiply-add rounded once is closer to the truth than one rounded twice.
 COMMON_FLAGS = ["-O3", "-std=c++20"]
