@@ -1,7 +1,7 @@
-"""Measuring: contenders timed in turns, differences from a reference, weights that let errors show, what machine it was.
+"""Measuring: contenders timed in turns, differences from a reference, weights that let errors show.
 
-A machine's speed drifts while one measures (clocks, neighbours, caches). So contenders are never timed one after the
-other but in turns, A B C A B C ..., and only numbers of one such run may be divided by each other.
+A machine's speed drifts while one measures (clocks, neighbours, caches). So contenders are not timed one after
+the other but in turns, A B C A B C ..., and only numbers of one such run may be divided by each other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Difference", "Timing", "difference", "interleaved", "lively_weights_
 
 @dataclass(frozen=True)
 class Timing:
-    """Samples of one contender, in milliseconds per call; each sample is the mean of `calls` calls in a row."""
+    """Samples of one contender, in milliseconds a call; each is the mean of `calls` calls in a row."""
 
     samples_ms: tuple[float, ...]
     calls: int
@@ -52,7 +52,7 @@ def interleaved(
         contenders: name -> function without arguments; what it returns is dropped.
         repeats: samples of each contender.
         warmup: calls of each contender before the first sample; compilation and allocation happen there.
-        min_sample_ms: a sample is as many calls as last about this long, for functions near the clock's resolution.
+        min_sample_ms: a sample is as many calls as last about this long, for functions that take microseconds.
         synchronize: called before each reading of the clock, for devices that run behind the host
             (`torch.cuda.synchronize`).
         progress: wraps the iterable of rounds, for instance in a progress bar.
@@ -61,15 +61,16 @@ def interleaved(
         ValueError: no contenders, repeats < 1 or warmup < 0.
     """
     if not contenders or repeats < 1 or warmup < 0:
-        raise ValueError(
-            f"expected a contender, repeats >= 1 and warmup >= 0, got {len(contenders)}, {repeats} and {warmup}"
-        )
+        given = f"{len(contenders)} contenders, repeats={repeats}, warmup={warmup}"
+        raise ValueError(f"expected a contender, repeats >= 1 and warmup >= 0, got {given}")
     wait = synchronize or _no_wait
     calls: dict[str, int] = {}
     for name, function in contenders.items():
         for _ in range(warmup):
             function()
-        calls[name] = max(1, math.ceil(min_sample_ms / _sample_ms(function, 1, wait))) if min_sample_ms > 0 else 1
+        calls[name] = (
+            max(1, math.ceil(min_sample_ms / _sample_ms(function, 1, wait))) if min_sample_ms > 0 else 1
+        )
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     collecting = gc.isenabled()
     gc.disable()  # a collection belongs to nobody's sample
@@ -86,20 +87,22 @@ def interleaved(
 
 @dataclass(frozen=True)
 class Difference:
-    """largest: max |actual - reference|. relative: the same over max |reference|. NaN or infinity where either has one."""
+    """largest: max |actual - reference|. relative: the same over max |reference|."""
 
     largest: float
     relative: float
 
 
 def difference(actual: Tensor, reference: Tensor) -> Difference:
-    """Compare two tensors of one shape in float64. Anything not finite gives an infinite difference, never a pass.
+    """Compare two tensors of one shape in float64. A value that is not finite gives an infinite difference.
 
     Raises:
         ValueError: the shapes differ.
     """
     if actual.shape != reference.shape:
-        raise ValueError(f"actual: expected the reference's shape {tuple(reference.shape)}, got {tuple(actual.shape)}")
+        raise ValueError(
+            f"actual: expected the reference's shape {tuple(reference.shape)}, got {tuple(actual.shape)}"
+        )
     if actual.numel() == 0:
         return Difference(0.0, 0.0)
     exact = reference.detach().to("cpu", torch.float64)
@@ -114,9 +117,9 @@ def difference(actual: Tensor, reference: Tensor) -> Difference:
 def lively_weights_(model: nn.Module, seed: int = 0) -> None:
     """Fill a model, in place, with seeded random weights that let every part move the result.
 
-    A fresh model hides errors: its linear layers start near zero, so attention, gates and dynamic ReLU hardly count.
-    Here matrices and kernels are gain / sqrt(fan-in) * N(0, 1) (gain 0.9 for convolutions, 1 else), tokens N(0, 1),
-    biases and running means 0.1 * N(0, 1), scales and running variances uniform in 0.5 .. 1.5.
+    A fresh model hides errors: its linear layers start near zero, so attention, gates and dynamic ReLU hardly
+    count. Here matrices and kernels are gain / sqrt(fan-in) * N(0, 1) with gain 0.9 for convolutions and 1 else,
+    tokens N(0, 1), biases and running means 0.1 * N(0, 1), scales and running variances uniform in 0.5 .. 1.5.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.state_dict().items():
@@ -138,11 +141,13 @@ def lively_weights_(model: nn.Module, seed: int = 0) -> None:
 
 
 def machine(device: str | torch.device = "cpu") -> dict[str, str | int]:
-    """What a measurement depends on: processor, instruction set, processors usable, threads, versions; the GPU if asked."""
+    """What a measurement depends on: processor, instruction set, threads, versions, and the GPU if asked."""
     described: dict[str, str | int] = {
         "cpu": _cpu_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "processors": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

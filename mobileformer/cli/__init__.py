@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Mobile-Former, exact and fused: look at the variants, classify images, measure, convert weights.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,  # a traceback is for whoever reports a bug: plain, whole, without local variables
+    pretty_exceptions_enable=False,  # a traceback goes into a bug report: whole, and without values
 )
 app.command("info")(info.info)
 app.command("predict")(predict.predict)
@@ -36,6 +36,8 @@ def main() -> None:
             app(prog_name="mobileformer")
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader (head, less) has gone: not our failure, but nobody got the rest either
+    except (
+        BrokenPipeError
+    ):  # the reader (head, less) has gone: not our failure, but nobody got the rest either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

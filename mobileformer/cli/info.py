@@ -6,17 +6,17 @@ from typing import Any
 
 from mobileformer.cli.output import JsonOption, command, print_json, print_table
 
-__all__ = ["info"]
+__all__ = ["describe", "info"]
 
 
 def info(as_json: JsonOption = False) -> None:
-    """The seven variants with their cost, which kernel serves which operator here and why not, and this machine."""
+    """The seven variants and their cost, the kernels of this machine and what is missing, the machine."""
     with command(as_json):
         report = describe()
         if as_json:
             print_json(report)
         else:
-            show(report)
+            _show(report)
 
 
 def describe() -> dict[str, Any]:
@@ -24,30 +24,27 @@ def describe() -> dict[str, Any]:
     import mobileformer
     from mf_kernels import status
     from mobileformer.measure import machine
-    from mobileformer.published import MADDS_COUNTERS, PUBLISHED, TOP1_SOURCE
+    from mobileformer.published import COUNTERS, MADDS, TOP1_SOURCE
 
-    variants = {
-        name: {
-            "parameters": count_parameters(name),
-            "madds_fvcore": PUBLISHED[name].madds_fvcore,
-            "madds_core": PUBLISHED[name].madds_core,
-            "published_top1": PUBLISHED[name].top1,
-        }
-        for name in mobileformer.VARIANTS
-    }
     return {
         "version": mobileformer.__version__,
-        "variants": variants,
-        "madds_unit": "1e6 per 224 x 224 image",
-        "madds_counters": MADDS_COUNTERS,
+        "variants": {
+            name: {
+                "parameters": _count_parameters(name),
+                "madds_millions": MADDS[name],
+                "published_top1_percent": config.published_top1,
+            }
+            for name, config in mobileformer.VARIANTS.items()
+        },
+        "madds_counters": COUNTERS,
         "top1_source": TOP1_SOURCE,
         "kernels": status(),
         "machine": machine(),
     }
 
 
-def count_parameters(variant: str) -> int:
-    """Parameters of the real model with 1000 classes, counted on the meta device, where tensors have no memory."""
+def _count_parameters(variant: str) -> int:
+    """Of the model with 3 channels and 1000 classes, on the meta device, where tensors take no memory."""
     import torch
 
     import mobileformer
@@ -57,33 +54,34 @@ def count_parameters(variant: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def show(report: dict[str, Any]) -> None:
+def _show(report: dict[str, Any]) -> None:
     print_table(
         f"Mobile-Former {report['version']}",
-        ("variant", "parameters", "MAdds (fvcore), M", "MAdds (conv+linear+matmul), M", "published top-1, %"),
+        ("variant", "parameters", "MAdds, fvcore", "MAdds, conv+linear+matmul", "published top-1"),
         [
             (
                 name,
                 f"{row['parameters']:,}".replace(",", " "),
-                f"{row['madds_fvcore']:.1f}",
-                f"{row['madds_core']:.1f}",
-                f"{row['published_top1']:.1f}",
+                f"{row['madds_millions']['fvcore']:.1f} M",
+                f"{row['madds_millions']['conv+linear+matmul']:.1f} M",
+                f"{row['published_top1_percent']:.1f} %",
             )
             for name, row in report["variants"].items()
         ],
-        caption=f"MAdds of one 224 x 224 image. fvcore: {report['madds_counters']['fvcore']}.\n"
-        f"Top-1: {report['top1_source']}. No accuracy was measured here.",
+        caption="Parameters: counted here, 3 channels, 1000 classes. MAdds: one image of 224 x 224;\n"
+        + "".join(f"{name}: {what}\n" for name, what in report["madds_counters"].items())
+        + f"Top-1: {report['top1_source']}; not measured here.",
     )
     print_table(
         "Kernels",
-        ("operator", "device", "backend", "state", "built with"),
+        ("operator", "device", "backend", "state", "built with, or why not"),
         [
             (
                 row["op"],
                 row["device"],
                 row["backend"],
-                "available" if row["available"] else f"missing: {row['reason']}",
-                row["built_with"] or "-",
+                "used" if row["automatic"] else "ready" if row["available"] else "missing",
+                row["built_with"] if row["available"] else row["reason"],
             )
             for row in report["kernels"]
         ],

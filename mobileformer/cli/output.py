@@ -10,9 +10,21 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-__all__ = ["CommandError", "JsonOption", "check_variant", "command", "note", "print_json", "print_table", "progress"]
+__all__ = [
+    "CommandError",
+    "JsonOption",
+    "check_device",
+    "check_variant",
+    "command",
+    "note",
+    "print_json",
+    "print_table",
+    "progress",
+]
 
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")
+]
 
 
 class CommandError(Exception):
@@ -21,7 +33,7 @@ class CommandError(Exception):
 
 @contextmanager
 def command(as_json: bool) -> Iterator[None]:
-    """Around a command's body: turns a `CommandError` into a message and exit code 1, Ctrl-C into exit code 130."""
+    """Around a command's body: a `CommandError` becomes its message and exit code 1, Ctrl-C exit code 130."""
     try:
         yield
     except CommandError as error:
@@ -32,7 +44,7 @@ def command(as_json: bool) -> Iterator[None]:
 
 
 def fail(message: str, as_json: bool) -> NoReturn:
-    """Tell a failure on standard error, with --json also as {"error": message}, and leave with exit code 1."""
+    """Tell a failure on standard error, with --json also as {"error": message}; leave with exit code 1."""
     note(f"error: {message}")
     if as_json:
         print_json({"error": message})
@@ -49,7 +61,9 @@ def print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str | None = None) -> None:
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str | None = None
+) -> None:
     """A table on standard output. Columns whose cells are all numbers are set to the right."""
     from rich.console import Console
     from rich.table import Table
@@ -80,6 +94,14 @@ def check_variant(value: str | None) -> str | None:
     if value is not None and value not in VARIANTS:
         raise typer.BadParameter(f"{value!r} is not one of {', '.join(VARIANTS)}")
     return value
+
+
+def check_device(device: str) -> None:
+    """Raise CommandError where the device that was asked for is not there."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CommandError(f"--device cuda: torch {torch.__version__} finds no CUDA device")
 
 
 def _is_number(cell: str) -> bool:

@@ -2,17 +2,18 @@
 
 Decoding ends in 8-bit "RGB" (or "L" where the weights have one input channel), upright, opaque:
 
-| in the file | becomes |
-|---|---|
-| orientation in EXIF (or XMP) | the picture as a viewer shows it |
-| transparency (alpha channel, palette or colour key) | composited on white, as a page shows it |
-| grey, palette, bilevel, CMYK, YCbCr, HSV | Pillow's conversion; embedded colour profiles are not applied, as ImageNet pipelines do not |
-| 16-bit grey (I;16, I) | value / 257, rounded: the whole range 0 .. 65535 counts, nothing is stretched |
-| 32-bit float grey (F) | value * 255, rounded, if every value lies in 0 .. 1; refused otherwise, its range is unknown |
-| several frames or pages | the first |
+| in the file                 | becomes                                                                      |
+|-----------------------------|------------------------------------------------------------------------------|
+| orientation in EXIF or XMP  | the picture as a viewer shows it                                             |
+| alpha, palette, colour key  | composited on white, as a page shows it                                      |
+| grey, palette, bilevel,     | Pillow's conversion; embedded colour profiles are not applied, as they are   |
+| CMYK, YCbCr, HSV            | not in training on ImageNet                                                  |
+| 16-bit grey (I;16, I)       | value / 257, rounded: the range is 0 .. 65535, nothing is stretched          |
+| 32-bit float grey (F)       | value * 255, rounded, if all values lie in 0 .. 1; else refused              |
+| several frames or pages     | the first                                                                    |
 
-Preprocessing: short side to floor(size / 0.875) by Pillow's bilinear filter (which averages when it shrinks), centre
-crop size x size, divide by 255, subtract the mean, divide by the standard deviation. For size 224 the short side is 256.
+Preprocessing: short side to floor(size / 0.875) by Pillow's bilinear filter (which averages when it shrinks),
+centre crop size x size, y = (x / 255 - mean) / std. For size 224 the short side is 256.
 """
 
 from __future__ import annotations
@@ -39,15 +40,18 @@ __all__ = [
     "sample_photo",
 ]
 
-# A fixed list: Pillow also knows formats that start other programs (EPS starts Ghostscript), which no image from outside may.
+# A fixed list: for some formats Pillow starts another program (Ghostscript for EPS), which no image may do.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jfif .mpo .png .apng .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif".split()
-)
+# fmt: off
+SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif",
+))
+# fmt: on
 # Pillow's own limit of refusal, kept here because the host program may have lifted Pillow's: 0.5 GB as RGB.
 MAX_PIXELS = 178_956_970
 CROP_FRACTION = 0.875
-# A centre crop sees a square: of a longer strip only the middle is resized, or a 1 x 100000 image would need 20 GB.
+# The crop sees a square in the middle: no more than this is resized, or a 1 x 100000 image would need 20 GB.
 MAX_ASPECT = 32
 
 # EXIF orientation -> the operation that makes the picture upright (EXIF 2.32, tag 0x0112).
@@ -74,19 +78,20 @@ def decode_image(source: str | os.PathLike[str] | BinaryIO, *, channels: int = 3
         channels: 3, or 1 for ITU-R 601 luma, L = (299 R + 587 G + 114 B) / 1000.
 
     Raises:
-        ImageError: no such file, empty, not an image, truncated, damaged, larger than `MAX_PIXELS`, or of unknown range.
+        ImageError: no such file, empty, not an image, cut off, damaged, over `MAX_PIXELS`, unknown range.
         ValueError: `channels` is neither 1 nor 3.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels: an image has 1 or 3 of them, got {channels}")
-    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else str(getattr(source, "name", "image"))
-    if isinstance(source, (str, os.PathLike)):
-        source = Path(source)
-        _check_readable(source, name)
+    name = "image"
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        _check_readable(Path(source), name)
     try:
         with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{name}: {image.width} x {image.height} pixels, more than {MAX_PIXELS} are refused")
+                size = f"{image.width} x {image.height}"
+                raise ImageError(f"{name}: {size} pixels, more than {MAX_PIXELS} are refused")
             image.load()  # the first frame
             upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             flat = _to_rgb(image, name)
@@ -96,7 +101,7 @@ def decode_image(source: str | os.PathLike[str] | BinaryIO, *, channels: int = 3
         raise ImageError(f"{name}: more than {MAX_PIXELS} pixels are refused") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image in a known format ({', '.join(FORMATS)})") from error
-    except Exception as error:  # damaged bytes lead Pillow's decoders to almost any exception; each means the same here
+    except Exception as error:  # damaged bytes lead Pillow's decoders to almost any exception
         raise ImageError(f"{name}: cannot be decoded: {type(error).__name__}: {error}") from error
     if upright is not None:
         flat = flat.transpose(upright)
@@ -114,8 +119,8 @@ def preprocess(
     | mean, std | C | of values in 0 .. 1 |
     | result | (C, size, size) | float32 |
 
-    Sizes round as in the evaluation transforms of torchvision, to which the result is equal bit for bit up to the
-    last float32 rounding. Source: the evaluation recipe of the published checkpoints (timm, crop_pct 0.875, bilinear).
+    Sizes and crop round as torchvision's evaluation transforms do on Pillow images.
+    Source: the evaluation recipe of the published checkpoints (timm 0.3.4: crop fraction 0.875, bilinear).
 
     Raises:
         ValueError: the mode does not fit the number of means, or `mean`, `std` differ in length, or size < 1.
@@ -126,7 +131,7 @@ def preprocess(
         raise ValueError(f"size: expected at least 1 pixel, got {size}")
     wanted = {1: "L", 3: "RGB"}.get(len(mean))
     if image.mode != wanted:
-        raise ValueError(f"image: mode {image.mode!r} does not fit {len(mean)} channel means, expected {wanted!r}")
+        raise ValueError(f"image: mode {image.mode!r} does not fit {len(mean)} means, expected {wanted!r}")
     width, height = image.size
     if width > MAX_ASPECT * height:
         image = _centre_crop(image, MAX_ASPECT * height, height)
@@ -134,7 +139,10 @@ def preprocess(
         image = _centre_crop(image, width, MAX_ASPECT * width)
     width, height = image.size
     short = math.floor(size / CROP_FRACTION)
-    resized = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    if width <= height:
+        resized = (short, int(short * height / width))
+    else:
+        resized = (int(short * width / height), short)
     image = _centre_crop(image.resize(resized, Image.Resampling.BILINEAR), size, size)
     pixels = np.asarray(image, dtype=np.float32).reshape(size, size, len(mean)) / np.float32(255)
     pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
@@ -149,11 +157,11 @@ def load_image(
 
 
 def find_images(arguments: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, str | None]]:
-    """Name every image that files, folders and glob patterns stand for: pairs (path, None) or (argument, what is wrong).
+    """Every image that files, folders and patterns stand for: pairs (path, None) or (name, what is wrong).
 
-    A file is taken whatever it is called. A folder gives its files with a suffix in `SUFFIXES`, subfolders included,
-    hidden names and links to folders left out. A pattern (`*`, `?`, `[...]`, `**`) counts where no file has that very
-    name. Folders and patterns give their files in sorted order, arguments stay in the order given.
+    A file is taken whatever it is called. A folder gives its files with a suffix in `SUFFIXES`, subfolders
+    included, hidden names and links to folders left out. A pattern (`*`, `?`, `[...]`, `**`) counts where no
+    file has that very name. Folders and patterns give sorted files, arguments stay in the order given.
     """
     for argument in map(os.fspath, arguments):
         if os.path.isdir(argument):
@@ -171,7 +179,7 @@ def find_images(arguments: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[s
 
 
 def sample_photo() -> Path:
-    """Path of the photo that comes with the package: a cat, 451 x 300, CC0; chelsea.txt beside it has the source."""
+    """Path of the photo in the package: a cat, 451 x 300, CC0; chelsea.txt beside it has the source."""
     return Path(__file__).with_name("chelsea.jpg")
 
 

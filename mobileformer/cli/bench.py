@@ -1,0 +1,182 @@
+"""`mobileformer bench`: one network plain and fused, timed in turns in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mobileformer.cli.output import (
+    CommandError,
+    JsonOption,
+    check_device,
+    check_variant,
+    command,
+    note,
+    print_json,
+    print_table,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["bench", "photo_tensor", "show_rows"]
+
+
+def bench(
+    variant: Annotated[str, typer.Option(callback=check_variant, help="26m ... 508m.")] = "294m",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images a call; 1, training 16.", show_default=False)
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=32, help="Side of an image; 224, training 128.", show_default=False)
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of weights and arithmetic.")
+    ] = "float32",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where everything runs.")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; every contender runs once in each.")] = 20,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="A photo; else random numbers.")] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Training steps: forward, loss, backward, AdamW.")
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="With torch.compile (takes a while).")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Time plain PyTorch in both layouts, torch.compile and the fused operators against each other.
+
+    In turns, in one run: A B C A B C. First every contender's logits are compared with the float64 reference;
+    one that is off is reported and not timed, and the exit code is 1. Weights are random: they do not change speed.
+    """
+    with command(as_json):
+        batch, size = batch or (16 if train else 1), size or (128 if train else 224)
+        if train and batch < 4:
+            raise typer.BadParameter(
+                "training normalises over the batch: below 4 images rounding alone changes the result",
+                param_hint="--batch",
+            )
+        if train and dtype != "float32":
+            raise typer.BadParameter("training is measured in float32", param_hint="--dtype")
+        check_device(device)
+        report = measure(
+            variant,
+            batch=batch,
+            size=size,
+            threads=threads,
+            dtype=dtype,
+            device=device,
+            repeats=repeats,
+            image=image,
+            train=train,
+            compiled=compiled,
+        )
+        if as_json:
+            print_json(report)
+        else:
+            what = "training step" if train else "inference"
+            show_rows(
+                f"{variant}, {what}, batch {batch}, {size} x {size}, {dtype}, {threads} thread(s), {device}",
+                report["contenders"],
+                caption="\n".join(f"{key}: {value}" for key, value in report["machine"].items()),
+            )
+        if any(row["error"] for row in report["contenders"]):
+            raise typer.Exit(1)
+
+
+def measure(
+    variant: str,
+    *,
+    batch: int,
+    size: int,
+    threads: int,
+    dtype: str,
+    device: str,
+    repeats: int,
+    image: Path | None,
+    train: bool,
+    compiled: bool,
+) -> dict[str, Any]:
+    """Build, check and time the contenders; what was measured and on what, as plain data."""
+    import torch
+
+    from mobileformer.cli.contenders import EAGER, Trial, stack_photo
+    from mobileformer.inference.threads import thread_count
+    from mobileformer.measure import machine
+
+    if image is not None:
+        x = stack_photo(photo_tensor(image, size), batch)
+    else:
+        x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with thread_count(threads):
+        trial = Trial(variant, x, dtype=getattr(torch, dtype), device=device, train=train)
+        trial.add(
+            *EAGER, *(["compile"] if compiled else []), "fused", *([] if train else ["fused inference"])
+        )
+        trial.check(lambda items: progress(items, "check"))
+        trial.time(repeats, lambda rounds: progress(rounds, "rounds"))
+        described = machine(device)
+    return {
+        "variant": variant,
+        "what": "training step: forward, cross entropy, backward, AdamW" if train else "inference",
+        "batch": batch,
+        "size": size,
+        "dtype": dtype,
+        "device": device,
+        "image": str(image) if image else None,
+        "repeats": repeats,
+        "speedup": "min of the faster eager layout / min of this contender",
+        "machine": described,
+        "contenders": trial.rows(),
+    }
+
+
+def photo_tensor(path: Path, size: int) -> Tensor:
+    """An image file, preprocessed as for ImageNet: (3, size, size) float32. Raises CommandError."""
+    import torch
+
+    from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD
+    from mobileformer.data import ImageError, load_image
+
+    try:
+        return torch.from_numpy(load_image(path, size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    except ImageError as error:
+        raise CommandError(str(error)) from error
+
+
+def show_rows(title: str, rows: list[dict[str, Any]], caption: str) -> None:
+    """The contenders as a table; those that were not timed, as errors."""
+    training = any(row["relative_gradient_difference"] is not None for row in rows)
+    print_table(
+        title,
+        (
+            "path",
+            "min, ms",
+            "median, ms",
+            "against eager",
+            "logits off float64 by",
+            *(["gradients off by"] if training else []),
+            "fused kernels that ran",
+        ),
+        [
+            (
+                row["name"],
+                f"{row['min_ms']:.2f}",
+                f"{row['median_ms']:.2f}",
+                f"{row['speedup']:.2f}x" if row["speedup"] else "-",
+                f"{row['logit_difference']:.1e}",
+                *([f"{row['relative_gradient_difference']:.1e}"] if training else []),
+                ", ".join(f"{count} {kernel}" for kernel, count in row["kernels"].items()) or "-",
+            )
+            for row in rows
+            if not row["error"]
+        ],
+        caption=caption,
+    )
+    for row in rows:
+        if row["error"]:
+            note(f"error: {row['name']}: {row['error']}")

@@ -1,0 +1,117 @@
+"""`mobileformer convert`: a published checkpoint to our safetensors, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mobileformer.cli.output import CommandError, JsonOption, check_variant, command, print_json, print_table
+from mobileformer.cli.weights import read_labels
+
+if TYPE_CHECKING:
+    from mobileformer import Metadata, Model
+
+__all__ = ["convert"]
+
+OFFICIAL_SUFFIXES = (".pth", ".pth.tar", ".pt")
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Weights, published or ours.")],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help=".safetensors writes ours; .pth, .pth.tar, .pt the published form."
+        ),
+    ],
+    variant: Annotated[
+        str | None, typer.Option(callback=check_variant, help="What IN must be; else its shapes tell.")
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Class names to keep in OUT: one a line, or a JSON list."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert weights: a published checkpoint to a safetensors file that describes itself, or back.
+
+    Nothing in a checkpoint is run, only tensors are read. OUT appears whole or not at all.
+    """
+    with command(as_json):
+        to_ours = _writes_ours(target)
+        if labels is not None and not to_ours:
+            raise typer.BadParameter("the published form has no place for class names", param_hint="--labels")
+        if target.exists() and not force:
+            raise CommandError(f"{target}: exists already; --force overwrites it")
+        report = _convert(source, target, to_ours, variant, labels)
+        if as_json:
+            print_json(report)
+        else:
+            print_table("", ("what", "is"), list(report.items()))
+
+
+def _writes_ours(target: Path) -> bool:
+    name = target.name.lower()
+    if name.endswith(".safetensors"):
+        return True
+    if name.endswith(OFFICIAL_SUFFIXES):
+        return False
+    raise typer.BadParameter(
+        f"{target}: expected the ending .safetensors, or one of {', '.join(OFFICIAL_SUFFIXES)}",
+        param_hint="OUT",
+    )
+
+
+def _convert(
+    source: Path, target: Path, to_ours: bool, variant: str | None, labels: Path | None
+) -> dict[str, str | int | bool]:
+    from mobileformer import save_official_checkpoint, save_weights
+
+    model, metadata = _read(source, variant)
+    names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels
+    try:
+        if to_ours:
+            save_weights(model, target, labels=names, mean=metadata.mean, std=metadata.std)
+        else:
+            save_official_checkpoint(model, target)
+    except OSError as error:
+        raise CommandError(f"{target}: {error}") from error
+    return {
+        "in": str(source),
+        "out": str(target),
+        "form": "mobileformer safetensors" if to_ours else "published checkpoint",
+        "variant": metadata.variant,
+        "num_classes": metadata.num_classes,
+        "in_chans": metadata.in_chans,
+        "labels": to_ours and names is not None,
+    }
+
+
+def _read(source: Path, variant: str | None) -> tuple[Model, Metadata]:
+    import mobileformer
+
+    try:
+        metadata = mobileformer.read_metadata(source)
+        if variant not in (None, metadata.variant):
+            raise CommandError(f"{source}: holds the variant {metadata.variant}, --variant says {variant}")
+        return mobileformer.load_model(source), metadata
+    except mobileformer.WeightsError as error:
+        if variant is None:
+            raise CommandError(f"{error} (with --variant NAME: which keys do not fit)") from error
+        raise CommandError(_misfits(source, variant) or str(error)) from error
+    except OSError as error:
+        raise CommandError(str(error)) from error
+
+
+def _misfits(source: Path, variant: str) -> str | None:
+    """What keeps a file whose shapes fit no variant from being the one that was named."""
+    import mobileformer
+
+    try:
+        mobileformer.load_weights(mobileformer.Model(variant), source)
+    except mobileformer.WeightsError as error:
+        return str(error)
+    return None

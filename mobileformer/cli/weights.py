@@ -1,0 +1,65 @@
+"""What the commands share about weights: how to get them, opening them, labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mobileformer.cli.output import CommandError
+
+if TYPE_CHECKING:
+    from mobileformer import Metadata, Model
+
+__all__ = ["HOW_TO_GET_WEIGHTS", "open_metadata", "open_model", "read_labels"]
+
+HOW_TO_GET_WEIGHTS = """\
+--weights FILE is needed: without trained weights every answer would be a random one. None come with this package.
+  Published (ImageNet-1k): download mobile-former-294m.pth.tar, or another variant, linked in the README of
+  https://github.com/AAboys/MobileFormer, then
+      mobileformer convert mobile-former-294m.pth.tar 294m.safetensors
+      mobileformer predict IMAGE --weights 294m.safetensors
+  Your own: train a mobileformer.Model and write it with
+      mobileformer.save_weights(model, "mine.safetensors")"""
+
+
+def open_metadata(path: Path) -> Metadata:
+    """What the file says of itself, or its shapes say. Raises CommandError."""
+    from mobileformer import WeightsError, read_metadata
+
+    try:
+        return read_metadata(path)
+    except (WeightsError, OSError) as error:
+        raise CommandError(str(error)) from error
+
+
+def open_model(path: Path, *, use_fused: bool = True) -> Model:
+    """The model a file describes, with its weights, in evaluation mode. Raises CommandError."""
+    from mobileformer import WeightsError, load_model
+
+    try:
+        return load_model(path, use_fused=use_fused)
+    except (WeightsError, OSError) as error:
+        raise CommandError(str(error)) from error
+
+
+def read_labels(path: Path, num_classes: int) -> list[str]:
+    """Names of the classes in order: a JSON list of texts, or one name a line. Raises CommandError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"--labels: {path}: {error}") from error
+    if text.lstrip().startswith("["):
+        try:
+            labels = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CommandError(f"--labels: {path}: not valid JSON: {error}") from error
+    else:
+        labels = text.rstrip("\n").splitlines()
+    if not all(isinstance(label, str) and label.strip() for label in labels):
+        raise CommandError(f"--labels: {path}: every class needs a name, found an empty line or entry")
+    if len(labels) != num_classes:
+        raise CommandError(
+            f"--labels: {path}: expected {num_classes} names, one for each class, found {len(labels)}"
+        )
+    return [label.strip() for label in labels]
