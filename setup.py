@@ -32,9 +32,9 @@ from setuptools.errors import BaseError, CompileError, SetupError
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 10)
 
-# For every machine of the platform: no -march=native (instruction sets are chosen at run time), no -ffast-math.
-# The three -f flags allow vector code without changing what a sum or a product is: nobody reads errno or a
-# trap here, and a multiply-add rounded once is closer to the truth than one rounded twice.
+# For every machine of the platform, so no -march=native: the instruction set is chosen at run time. And no
+# -ffast-math: the three -f flags allow vector code without changing what a sum or a product is. Nobody reads
+# errno or a trap here, and a multiply-add rounded once is closer to the truth than one rounded twice.
 COMMON_FLAGS = ["-O3", "-std=c++20"]
 CXX_FLAGS = [*COMMON_FLAGS, "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
