@@ -11,15 +11,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mobileformer.config import VARIANTS as VARIANTS
     from mobileformer.model import Model as Model
+    from mobileformer.weights import Metadata as Metadata
+    from mobileformer.weights import WeightsError as WeightsError
+    from mobileformer.weights import load_model as load_model
+    from mobileformer.weights import load_weights as load_weights
+    from mobileformer.weights import official_state_dict as official_state_dict
+    from mobileformer.weights import read_metadata as read_metadata
+    from mobileformer.weights import save_official_checkpoint as save_official_checkpoint
+    from mobileformer.weights import save_weights as save_weights
 
 __version__ = "0.1.0"
 
 _HOME = {
     "VARIANTS": "mobileformer.config",
     "Model": "mobileformer.model",
+    "Metadata": "mobileformer.weights",
+    "WeightsError": "mobileformer.weights",
+    "load_model": "mobileformer.weights",
+    "load_weights": "mobileformer.weights",
+    "official_state_dict": "mobileformer.weights",
+    "read_metadata": "mobileformer.weights",
+    "save_official_checkpoint": "mobileformer.weights",
+    "save_weights": "mobileformer.weights",
 }
 
-__all__ = ["VARIANTS", "Model", "__version__"]
+__all__ = [
+    "VARIANTS",
+    "Metadata",
+    "Model",
+    "WeightsError",
+    "__version__",
+    "load_model",
+    "load_weights",
+    "official_state_dict",
+    "read_metadata",
+    "save_official_checkpoint",
+    "save_weights",
+]
 
 
 def __getattr__(name: str) -> Any:

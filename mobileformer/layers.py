@@ -27,8 +27,11 @@ __all__ = [
     "Former",
     "FormerToMobile",
     "MobileToFormer",
+    "KernelModule",
     "channel_shuffle",
+    "convolve",
     "hard_sigmoid",
+    "token_mix",
 ]
 
 BRIDGE_HEADS = 2
@@ -58,6 +61,39 @@ class KernelModule(nn.Module):
     @property
     def ops(self) -> ModuleType:
         return mf_kernels if self.use_fused else reference
+
+
+def convolve(
+    ops: ModuleType,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: int,
+    groups: int,
+    activation: str,
+) -> Tensor:
+    """activation(convolution(x) + bias), padding K//2; one operator where the convolution is depthwise.
+
+    x (B,C,H,W), weight (C',C/groups,K,K), bias (C') -> (B,C',ceil(H/stride),ceil(W/stride)).
+    """
+    if groups > 1 and groups == x.shape[1]:
+        return ops.depthwise_conv2d(x, weight, bias, stride=stride, activation=activation)
+    y = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=groups)
+    return F.relu6(y) if activation == "relu6" else y
+
+
+def token_mix(x: Tensor, query: Tensor, size: tuple[int, int]) -> Tensor:
+    """Weights of the tokens at every position: x (B,C,H,W), query (B,M,C) -> (B,M,*size), summing to 1 over M.
+
+    The scaled scores of Mobile-to-Former before their softmax, averaged over the heads, pooled to `size`, then a softmax over the
+    tokens. Heads are channel chunks, so the average over heads is one dot product over all channels, divided by N.
+    """
+    scale = (x.shape[1] // BRIDGE_HEADS) ** -0.5 / BRIDGE_HEADS
+    scores = torch.einsum("bmc,bchw->bmhw", query * scale, x)
+    if scores.shape[2:] != size:
+        scores = F.adaptive_avg_pool2d(scores, size)
+    return scores.softmax(dim=1)
 
 
 class DropPath(nn.Module):
@@ -108,22 +144,27 @@ class ConvNorm(KernelModule):
         nn.init.normal_(self.conv.weight, std=math.sqrt(2.0 / (kernel_size**2 * out_channels)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.use_fused and not self.norm.training:
-            scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
-            bias = self.norm.bias - self.norm.running_mean * scale
-            y = self._convolve(x, self.conv.weight * scale[:, None, None, None], bias, self.activation)
-        else:
+        if not self.use_fused:
+            y = self.norm(self.conv(x))
+            y = F.relu6(y) if self.activation == "relu6" else y
+        elif self.norm.training:
             y = self.norm(self._convolve(x, self.conv.weight, None, "identity"))
-            if self.activation == "relu6":
-                y = F.relu6(y)
+            y = F.relu6(y) if self.activation == "relu6" else y
+        else:
+            y = self._convolve(x, *self.folded(), self.activation)
         return channel_shuffle(y, self.shuffle) if self.shuffle > 1 else y
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(weight, bias) of the one convolution that this is with its running statistics."""
+        norm = self.norm
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        return self.conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         conv = self.conv
-        if self.use_fused and conv.groups == conv.in_channels:
-            return mf_kernels.depthwise_conv2d(x, weight, bias, stride=conv.stride[0], activation=activation)
-        y = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
-        return F.relu6(y) if activation == "relu6" else y
+        return convolve(
+            self.ops, x, weight, bias, stride=conv.stride[0], groups=conv.groups, activation=activation
+        )
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, shuffle={self.shuffle}"
@@ -181,17 +222,8 @@ class MobileToFormer(KernelModule):
         return self.norm(tokens + self.drop_path(update))
 
     def token_mix(self, x: Tensor, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Weights of the tokens at every position, (B,M,*size), summing to 1 over M; same arguments as `forward`.
-
-        The scaled scores before their softmax, averaged over the heads, pooled to `size`, then a softmax over the tokens.
-        Heads are channel chunks, so the average over heads is one dot product over all channels, divided by N.
-        """
-        query = self.query(tokens)
-        scale = (x.shape[1] // BRIDGE_HEADS) ** -0.5 / BRIDGE_HEADS
-        scores = torch.einsum("bmc,bchw->bmhw", query * scale, x)
-        if scores.shape[2:] != size:
-            scores = F.adaptive_avg_pool2d(scores, size)
-        return scores.softmax(dim=1)
+        """`token_mix` with this bridge's query; tokens as they enter it."""
+        return token_mix(x, self.query(tokens), size)
 
 
 class Former(KernelModule):
@@ -203,9 +235,8 @@ class Former(KernelModule):
 
     def __init__(self, token_dim: int, *, drop_path: float, use_fused: bool) -> None:
         super().__init__(use_fused)
-        self.ffn = nn.Sequential(
-            nn.Linear(token_dim, 2 * token_dim), nn.GELU(), nn.Linear(2 * token_dim, token_dim)
-        )
+        self.ffn_expand = nn.Linear(token_dim, 2 * token_dim)
+        self.ffn_project = nn.Linear(2 * token_dim, token_dim)
         self.ffn_norm = nn.LayerNorm(token_dim)
         self.query = nn.Linear(token_dim, token_dim)
         self.project = nn.Linear(token_dim, token_dim)
@@ -217,7 +248,7 @@ class Former(KernelModule):
         token_map = tokens.transpose(1, 2).unsqueeze(2)
         gathered = self.ops.mobile_to_former(token_map, self.query(tokens), num_heads=FORMER_HEADS)
         tokens = self.norm(tokens + self.drop_path(self.project(gathered)))
-        return self.ffn_norm(tokens + self.ffn(tokens))
+        return self.ffn_norm(tokens + self.ffn_project(F.gelu(self.ffn_expand(tokens))))
 
 
 class FormerToMobile(KernelModule):

@@ -1,7 +1,7 @@
 """Measuring: contenders timed in turns, differences from a reference, weights that let errors show.
 
-A machine's speed drifts while one measures (clocks, neighbours, caches). So contenders are not timed one after
-the other but in turns, A B C A B C ..., and only numbers of one such run may be divided by each other.
+A machine's speed drifts while one measures (clocks, neighbours, caches). So contenders are not timed one by one
+but in turns, A B C A B C ..., and only numbers of one such run may be divided by each other.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def interleaved(
         contenders: name -> function without arguments; what it returns is dropped.
         repeats: samples of each contender.
         warmup: calls of each contender before the first sample; compilation and allocation happen there.
-        min_sample_ms: a sample is as many calls as last about this long, for functions that take microseconds.
+        min_sample_ms: a sample is as many calls as last about this long, for functions of microseconds.
         synchronize: called before each reading of the clock, for devices that run behind the host
             (`torch.cuda.synchronize`).
         progress: wraps the iterable of rounds, for instance in a progress bar.
@@ -118,8 +118,8 @@ def lively_weights_(model: nn.Module, seed: int = 0) -> None:
     """Fill a model, in place, with seeded random weights that let every part move the result.
 
     A fresh model hides errors: its linear layers start near zero, so attention, gates and dynamic ReLU hardly
-    count. Here matrices and kernels are gain / sqrt(fan-in) * N(0, 1) with gain 0.9 for convolutions and 1 else,
-    tokens N(0, 1), biases and running means 0.1 * N(0, 1), scales and running variances uniform in 0.5 .. 1.5.
+    count. Here matrices and kernels are gain / sqrt(fan-in) * N(0, 1), gain 0.9 for convolutions and 1 else;
+    tokens N(0, 1); biases and running means 0.1 * N(0, 1); scales and running variances uniform in 0.5 .. 1.5.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.state_dict().items():

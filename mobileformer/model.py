@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,9 @@ from torch import Tensor, nn
 from mobileformer.blocks import DownBlock, LiteBlock, SameBlock
 from mobileformer.config import BlockConfig, VariantConfig, get_variant
 from mobileformer.layers import ConvNorm, MobileToFormer, channel_shuffle
+
+if TYPE_CHECKING:
+    from mobileformer.inference.fold import InferenceModel
 
 __all__ = ["MIN_SIZE", "Head", "Model"]
 
@@ -139,8 +144,10 @@ class Model(nn.Module):
         """x (B,in_chans,H,W) -> features (B,C,ceil(H/32),ceil(W/32)), tokens (B,M,D) after the last bridge."""
         self._check_input(x)
         if self._use_fused:
-            # Once, here: every operator and convolution after it keeps the layout of its input.
-            x = x.contiguous(memory_format=torch.channels_last)
+            # Once, here: every operator and convolution after it keeps the layout of its input. Grouped convolutions are
+            # several times slower in channels_last, so the variant that has them stays with planes.
+            planes = self.config.groups > 1
+            x = x.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
         tokens = self.tokens.repeat(x.shape[0], 1, 1)
         x = self.stem(x)
         for block in self.blocks:
@@ -150,6 +157,23 @@ class Model(nn.Module):
     def forward_head(self, features: Tensor, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` returned -> logits (B,num_classes), or the (B,hidden) vector before them."""
         return self.head(features, tokens, pre_logits)
+
+    def to_inference(self, dtype: torch.dtype = torch.float32, threads: int | None = None) -> InferenceModel:
+        """A copy for inference: BatchNorm folded into convolutions and linear layers, constants worked out. Same call, same logits.
+
+        | argument | meaning                                                                                               |
+        |----------|-------------------------------------------------------------------------------------------------------|
+        | dtype    | of the arithmetic: torch.float32, torch.bfloat16 or torch.float64. The input may have any floating    |
+        |          | dtype, and the logits come back in it.                                                                |
+        | threads  | CPU threads of a call. PyTorch has one count for the process: it is set when the call starts and put  |
+        |          | back when it ends. None leaves it alone (and is what torch.compile and torch.export want).            |
+
+        Later changes to this model do not reach the copy. It keeps `use_fused` and the device. Raises ValueError for another dtype
+        or a thread count below 1.
+        """
+        from mobileformer.inference.fold import InferenceModel
+
+        return InferenceModel(self, dtype=dtype, threads=threads)
 
     def _make_block(self, in_channels: int, block: BlockConfig, drop_path: float) -> nn.Module:
         groups = self.config.groups

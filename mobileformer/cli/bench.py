@@ -51,7 +51,7 @@ def bench(
     """Time plain PyTorch in both layouts, torch.compile and the fused operators against each other.
 
     In turns, in one run: A B C A B C. First every contender's logits are compared with the float64 reference;
-    one that is off is reported and not timed, and the exit code is 1. Weights are random: they do not change speed.
+    one that is off is reported, not timed, and the exit code is 1. Weights are random: they do not change speed.
     """
     with command(as_json):
         batch, size = batch or (16 if train else 1), size or (128 if train else 224)

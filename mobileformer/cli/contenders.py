@@ -26,10 +26,10 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 EAGER = ("eager", "eager channels_last")
 
 # Beyond these a contender is not timed.
-# Logits: largest |difference| from the float64 reference over the largest |logit|. Plain PyTorch was seen at 2e-6 in
-# float32, 2e-2 in bfloat16, 7e-5 when training, where the batch's own statistics amplify rounding.
-# Gradients: norm of the difference over the norm. Plain PyTorch was seen at 1e-2: where rounding pushes a value across
-# a kink of an activation, its gradient changes at once.
+# Logits: largest |difference| from the float64 reference over the largest |logit|. Plain PyTorch was seen at 2e-6
+# in float32, 2e-2 in bfloat16, 7e-5 when training, where the batch's own statistics amplify rounding.
+# Gradients: norm of the difference over the norm. Plain PyTorch was seen at 1e-2: where rounding pushes a value
+# across a kink of an activation, its gradient changes at once.
 LOGIT_BOUNDS = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 0.1}
 TRAINING_LOGIT_BOUND, TRAINING_GRADIENT_BOUND = 1e-3, 5e-2
 

@@ -20,14 +20,14 @@ For answers: mobileformer predict --help"""
 
 def demo(
     image: Annotated[
-        Path | None, typer.Argument(metavar="[IMAGE]", help="A photo; else the cat in the package.")
+        Path | None, typer.Argument(metavar="IMAGE", help="A photo; else the cat in the package.")
     ] = None,
     variant: Annotated[str, typer.Option(callback=check_variant, help="26m ... 508m.")] = "294m",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; every path runs once in each.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a photo through the plain and the fused paths: do they agree, which kernels ran, how long it took."""
+    """Run a photo through the plain and the fused paths: do they agree, which kernels ran, how long?"""
     with command(as_json):
         report = _run(image, variant, threads, repeats)
         if as_json:

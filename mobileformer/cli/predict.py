@@ -32,7 +32,7 @@ __all__ = ["predict"]
 def predict(
     images: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE...", help="Files, folders (searched to the bottom), patterns."),
+        typer.Argument(metavar="IMAGE", help="Files, folders (searched to the bottom), patterns."),
     ],
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Our safetensors, or a published checkpoint.")

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["HOW_TO_GET_WEIGHTS", "open_metadata", "open_model", "read_labels"]
 
 HOW_TO_GET_WEIGHTS = """\
---weights FILE is needed: without trained weights every answer would be a random one. None come with this package.
+--weights FILE is needed: without trained weights every answer would be a random one.
+No weights come with this package.
   Published (ImageNet-1k): download mobile-former-294m.pth.tar, or another variant, linked in the README of
   https://github.com/AAboys/MobileFormer, then
       mobileformer convert mobile-former-294m.pth.tar 294m.safetensors

@@ -1,0 +1,303 @@
+"""Weights in and out: our own self-describing safetensors, and the published checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mobileformer.checkpoint import WeightsError, read_header, read_state, unwrap_state
+from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
+from mobileformer.files import replacing
+from mobileformer.keys import to_official, to_ours
+from mobileformer.model import Model
+
+__all__ = [
+    "Metadata",
+    "WeightsError",
+    "load_model",
+    "load_weights",
+    "official_state_dict",
+    "read_metadata",
+    "save_official_checkpoint",
+    "save_weights",
+]
+
+FORMAT = "mobileformer"
+FORMAT_VERSION = 1
+_NEW_HEAD = ("head.classifier.weight", "head.classifier.bias")
+_CLASSES_KEY, _CHANNELS_KEY = "head.classifier.weight", "stem.conv.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What a weight file says of itself. `labels`: one name a class. `mean`, `std`: one number a channel, for pixels in [0, 1]."""
+
+    variant: str
+    num_classes: int
+    in_chans: int
+    spatial_dynamic_relu: bool = False
+    labels: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def load_weights(
+    model: Model,
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    allow_new_head: bool = False,
+) -> None:
+    """Copy weights into `model`, all of them or none.
+
+    | source                           | accepted                                                                           |
+    |----------------------------------|------------------------------------------------------------------------------------|
+    | path                             | safetensors; or a published `.pth.tar`: what `torch.save` wrote, read weights-only |
+    | dict                             | {key: tensor}, or one that holds it under "state_dict"                             |
+    | keys                             | ours or the published ones, told apart by themselves; `module.` before all or none |
+
+    Values are converted to the dtype and device of the model. With `allow_new_head`, a file for another number of classes
+    is taken too, and the last linear layer stays as it is.
+
+    Raises FileNotFoundError, and WeightsError (a ValueError) that names every missing, unexpected or wrong-shaped key, every
+    value that is not finite or not a floating-point number, and files that are cut off or hold more than weights.
+    Warns when the file was saved from a model with another `spatial_dynamic_relu`.
+    """
+    name, state, metadata = _read(path_or_state_dict)
+    _copy_into(_bare(model), name, state, metadata, allow_new_head)
+
+
+def load_model(path: str | os.PathLike[str], *, use_fused: bool = True) -> Model:
+    """Build the model a file describes, load its weights, and return it in evaluation mode.
+
+    A published checkpoint says nothing of itself: its variant, classes and channels are read off the shapes.
+    Raises as `load_weights`, and WeightsError when the shapes belong to none of the seven variants.
+    """
+    name, state, metadata = _read(path)
+    if metadata is None:
+        metadata = _infer_metadata(state, name)
+    model = Model(
+        metadata.variant,
+        num_classes=metadata.num_classes,
+        in_chans=metadata.in_chans,
+        use_fused=use_fused,
+        spatial_dynamic_relu=metadata.spatial_dynamic_relu,
+    )
+    _copy_into(model, name, state, metadata, allow_new_head=False)
+    return model.eval()
+
+
+def read_metadata(path: str | os.PathLike[str]) -> Metadata:
+    """What the file says of itself; for a published checkpoint, what its shapes say. Raises as `load_model`."""
+    metadata = _parse_metadata(read_header(path), str(path))
+    return metadata if metadata is not None else _infer_metadata(read_state(path)[0], str(path))
+
+
+def save_weights(
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    labels: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> None:
+    """Write a safetensors file that describes itself: our names, and as text metadata what `Metadata` holds.
+
+    labels: one name a class, in order. mean, std: one number a channel, what the input was normalised with (pixels in [0, 1]);
+    for 3 channels ImageNet's when not given. The file appears whole or not at all.
+    Raises ValueError when there are not as many labels as classes, or numbers as channels.
+    """
+    model = _bare(model)
+    if model.in_chans == len(IMAGENET_MEAN):
+        mean = IMAGENET_MEAN if mean is None else mean
+        std = IMAGENET_STD if std is None else std
+    _check_length("labels", labels, model.num_classes, "classes")
+    _check_length("mean", mean, model.in_chans, "channels")
+    _check_length("std", std, model.in_chans, "channels")
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "variant": model.variant,
+        "num_classes": str(model.num_classes),
+        "in_chans": str(model.in_chans),
+        "spatial_dynamic_relu": json.dumps(model.spatial_dynamic_relu),
+    }
+    for key, values in (("labels", labels), ("mean", mean), ("std", std)):
+        if values is not None:
+            metadata[key] = json.dumps(list(values), ensure_ascii=False)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary, metadata=metadata)
+
+
+def official_state_dict(model: Model) -> dict[str, Tensor]:
+    """The weights under the published names, in the published order. The tensors are the model's own, detached."""
+    model = _bare(model)
+    state = model.state_dict()
+    return {official: state[ours] for ours, official in to_official(state, model.config).items()}
+
+
+def save_official_checkpoint(model: Model, path: str | os.PathLike[str]) -> None:
+    """Write what the published code reads: `torch.save` of {"state_dict": ...} under its names. Whole or not at all."""
+    state = {key: value.cpu() for key, value in official_state_dict(model).items()}
+    with replacing(path) as temporary:
+        torch.save({"state_dict": state}, temporary)
+
+
+def _bare(model: Any) -> Model:
+    """The model inside `torch.compile`'s or DistributedDataParallel's wrapper."""
+    for wrapper in ("_orig_mod", "module"):
+        model = getattr(model, wrapper, model)
+    if not isinstance(model, Model):
+        raise TypeError(f"model: expected a mobileformer.Model, got {type(model).__name__}")
+    return model
+
+
+def _read(source: Any) -> tuple[str, dict[str, Tensor], Metadata | None]:
+    """(how errors call the source, its state dict, what it says of itself)."""
+    if isinstance(source, Mapping):
+        return "state dict", unwrap_state(source, name="state dict"), None
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"path_or_state_dict: expected a path or a dict, got {type(source).__name__}")
+    name = str(Path(source))
+    state, header = read_state(source)
+    return name, unwrap_state(state, name=name), _parse_metadata(header, name)
+
+
+def _copy_into(
+    model: Model, name: str, state: dict[str, Tensor], metadata: Metadata | None, allow_new_head: bool
+) -> None:
+    if metadata is not None and metadata.variant != model.variant:
+        raise WeightsError(f"{name}: holds the variant {metadata.variant}, the model is {model.variant}")
+    official_names, state = _our_names(state, model, name)
+    own = model.state_dict()
+    skipped: set[str] = set()
+    if allow_new_head and any(key in state and state[key].shape != own[key].shape for key in _NEW_HEAD):
+        skipped = set(_NEW_HEAD)
+    problems = _problems(state, own, skipped, to_official(own, model.config) if official_names else {})
+    if problems:
+        raise WeightsError(
+            f"{name}: does not fit the model ({model.variant}, {model.num_classes} classes, "
+            f"{model.in_chans} channels); nothing was loaded\n  " + "\n  ".join(problems)
+        )
+    if metadata is not None and metadata.spatial_dynamic_relu != model.spatial_dynamic_relu:
+        warnings.warn(
+            f"{name}: saved with spatial_dynamic_relu={metadata.spatial_dynamic_relu}, "
+            f"the model has {model.spatial_dynamic_relu}: same parameters, other outputs",
+            stacklevel=3,
+        )
+    with torch.no_grad():
+        for key, target in own.items():
+            if key not in skipped:
+                target.copy_(state[key])
+
+
+def _our_names(state: dict[str, Tensor], model: Model, name: str) -> tuple[bool, dict[str, Tensor]]:
+    """(whether the names are the published ones, the state under ours). Keys nobody knows keep their own names."""
+    ours = to_official(state, model.config)
+    official = to_ours(state, model.config)
+    if not ours and not official:
+        first = ", ".join(list(state)[:3])
+        raise WeightsError(f"{name}: no key belongs to a Mobile-Former, it starts with {first}")
+    if len(ours) >= len(official):
+        return False, state
+    return True, {official.get(key, key): value for key, value in state.items()}
+
+
+def _problems(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], skipped: set[str], shown: Mapping[str, str]
+) -> list[str]:
+    """One line for everything wrong; `shown` maps our keys to those the file uses."""
+    lines = [f"missing: {shown.get(key, key)}" for key in own if key not in state and key not in skipped]
+    lines += [f"unexpected: {key}" for key in state if key not in own]
+    for key in own:
+        if key not in state or key in skipped:
+            continue
+        value, target, label = state[key], own[key], shown.get(key, key)
+        if value.shape != target.shape:
+            hint = " (allow_new_head=True keeps the model's own last layer)" if key in _NEW_HEAD else ""
+            lines.append(f"wrong shape: {label} is {_shape(value)}, the model has {_shape(target)}{hint}")
+        elif value.is_floating_point() != target.is_floating_point() or value.is_complex():
+            lines.append(f"wrong dtype: {label} is {value.dtype}, the model has {target.dtype}")
+        elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            lines.append(f"not finite: {label} holds NaN or infinity")
+    return lines
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _check_length(name: str, values: Sequence[Any] | None, expected: int, what: str) -> None:
+    if values is not None and len(values) != expected:
+        raise ValueError(f"{name}: expected {expected}, one for each of the {what}, got {len(values)}")
+
+
+def _parse_metadata(header: Mapping[str, str], name: str) -> Metadata | None:
+    """None for a file that is not ours."""
+    if header.get("format") != FORMAT:
+        return None
+    try:
+        version = int(header["format_version"])
+        if version > FORMAT_VERSION:
+            raise WeightsError(
+                f"{name}: format version {version}, this package reads up to {FORMAT_VERSION}; update it"
+            )
+        metadata = Metadata(
+            variant=header["variant"],
+            num_classes=int(header["num_classes"]),
+            in_chans=int(header["in_chans"]),
+            spatial_dynamic_relu=json.loads(header["spatial_dynamic_relu"]),
+            labels=tuple(map(str, json.loads(header["labels"]))) if "labels" in header else None,
+            mean=tuple(map(float, json.loads(header["mean"]))) if "mean" in header else None,
+            std=tuple(map(float, json.loads(header["std"]))) if "std" in header else None,
+        )
+        _check_length("labels", metadata.labels, metadata.num_classes, "classes")
+        _check_length("mean", metadata.mean, metadata.in_chans, "channels")
+        _check_length("std", metadata.std, metadata.in_chans, "channels")
+    except WeightsError:
+        raise
+    except (KeyError, ValueError, TypeError) as error:
+        raise WeightsError(f"{name}: its metadata is damaged ({error!r})") from error
+    if metadata.variant not in VARIANTS:
+        raise WeightsError(f"{name}: holds the unknown variant {metadata.variant!r}")
+    return metadata
+
+
+@functools.cache
+def _shapes(variant: str) -> dict[str, torch.Size]:
+    """Our keys and shapes for one variant, with one class and one channel, without allocating anything."""
+    with torch.device("meta"):
+        model = Model(variant, num_classes=1, in_chans=1, use_fused=False)
+    return {key: value.shape for key, value in model.state_dict().items() if key not in _NEW_HEAD}
+
+
+def _infer_metadata(state: dict[str, Tensor], name: str) -> Metadata:
+    """The variant, classes and channels that the shapes of a state dict belong to."""
+    for variant, config in VARIANTS.items():
+        named = {**state, **{ours: state[key] for key, ours in to_ours(state, config).items()}}
+        shapes = _shapes(variant)
+        fits = all(
+            key in named and (named[key].shape == shape or key == _CHANNELS_KEY)
+            for key, shape in shapes.items()
+        )
+        if fits and named[_CHANNELS_KEY].ndim == 4 and _CLASSES_KEY in named and named[_CLASSES_KEY].ndim == 2:
+            in_chans = named[_CHANNELS_KEY].shape[1]
+            imagenet = in_chans == len(IMAGENET_MEAN)
+            return Metadata(
+                variant,
+                num_classes=named[_CLASSES_KEY].shape[0],
+                in_chans=in_chans,
+                mean=IMAGENET_MEAN if imagenet else None,
+                std=IMAGENET_STD if imagenet else None,
+            )
+    raise WeightsError(f"{name}: its shapes belong to none of {', '.join(VARIANTS)}")

@@ -1,0 +1,118 @@
+"""What the tests share about the golden files: models with the recipe's weights, and every quantity under its golden name.
+
+The files hold sampled values, statistics and full vectors of the published implementation in float64, for weights and images
+that `golden/recipe.py` makes from nothing but names and seeds.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from golden import recipe
+from torch import Tensor, nn
+
+from mobileformer import Model
+from mobileformer.keys import to_official
+from mobileformer.layers import DynamicReLU
+
+# Small models in a shared machine: waiting for a second thread costs more than it gives.
+torch.set_num_threads(1)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# What the golden files call the convolutions and slopes of a block, and what we do.
+_CONVS = {"same": ("expand", "depthwise", "project"), "down": ("down", "squeeze", "expand", "project")}
+_THETAS = {
+    "same": {"hyper1": "expand_relu", "hyper2": "depthwise_relu"},
+    "down": {"hyper1": "down_relu", "hyper3": "expand_relu"},
+}
+
+
+@functools.cache
+def golden_file(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"golden_{name}.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+def published_keys(variant: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """(key, shape, "param" or "buffer") of the published state dict, in its order."""
+    rows = []
+    for line in (GOLDEN / "keys" / f"{variant}.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            key, shape, kind = line.split("\t")
+            rows.append((key, () if shape == "scalar" else tuple(map(int, shape.split("x"))), kind))
+    return rows
+
+
+def recipe_model(variant: str, *, dtype: torch.dtype = torch.float64, **kwargs) -> Model:
+    """A model with the recipe's weights, in evaluation mode."""
+    model = Model(variant, **kwargs)
+    state = model.state_dict()
+    for ours, official in to_official(state, model.config).items():
+        values = recipe.tensor(official, tuple(state[ours].shape))
+        if values is not None:
+            state[ours].copy_(torch.from_numpy(values))
+    return model.to(dtype).eval()
+
+
+def recipe_image(batch: int, height: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.from_numpy(recipe.image(batch, height, width, seed)).to(dtype)
+
+
+def state_sha256(model: Model) -> str:
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            digest.update(value.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def capture(model: Model, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(logits, every intermediate quantity under its golden name) of one forward pass."""
+    found: dict[str, Tensor] = {}
+    handles = []
+
+    def keep(module: nn.Module, name: str, pick: Callable = lambda output: output) -> None:
+        handles.append(module.register_forward_hook(lambda m, args, out: found.__setitem__(name, pick(out))))
+
+    def keep_theta(module: DynamicReLU, name: str) -> None:
+        def hook(m: DynamicReLU, args: tuple) -> None:
+            found[name] = m.theta(*args[1:])
+
+        handles.append(module.register_forward_pre_hook(hook))
+
+    keep(model.stem, "stem/feat")
+    for index, (block, config) in enumerate(zip(model.blocks, model.config.blocks, strict=True)):
+        keep(block, f"block{index}/feat", lambda out: out[0])
+        keep(block, f"block{index}/tokens", lambda out: out[1].transpose(0, 1))
+        for number, name in enumerate(_CONVS.get(config.kind, ()), start=1):
+            keep(getattr(block, name), f"block{index}/conv{number}")
+        for theirs, ours in _THETAS.get(config.kind, {}).items():
+            keep_theta(getattr(block, ours), f"block{index}/theta_{theirs}")
+        if config.kind != "lite":
+            keep(block.mobile_to_former, f"block{index}/l2g_tokens", lambda out: out.transpose(0, 1))
+    keep(model.mobile_to_former, "final_tokens", lambda out: out.transpose(0, 1))
+    try:
+        features, tokens = model.forward_features(x)
+        found["pooled"] = model.head.pool(features)[:, :, None, None]
+        found["penult"] = model.forward_head(features, tokens, pre_logits=True)
+        return model.forward_head(features, tokens), found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def summarise(name: str, value: Tensor) -> dict[str, np.ndarray]:
+    """The form in which the golden files keep a large map: shape, mean, standard deviation, largest magnitude, 64 samples."""
+    array = value.detach().contiguous().numpy()
+    flat = array.reshape(-1)
+    return {
+        f"{name}/shape": np.array(array.shape),
+        f"{name}/stats": np.array([flat.mean(), flat.std(), np.abs(flat).max()]),
+        f"{name}/sample": flat[recipe.sample_idx(name, flat.size)],
+    }
