@@ -20,13 +20,14 @@ def feature_map(op: str, x: Tensor) -> None:
         raise ValueError(f"{op}: x: expected (B, C, H, W), got {x.dim()} dimensions, shape {tuple(x.shape)}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: x: expected a floating point dtype, got {x.dtype}")
-    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+    _, channels, height, width = x.shape
+    if channels == 0 or height == 0 or width == 0:
         raise ValueError(f"{op}: x: expected C, H and W of at least 1, got shape {tuple(x.shape)}")
 
 
 def companion(op: str, name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
     """Another argument of the same call: the shape that x implies, x's dtype, x's device."""
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(
             f"{op}: {name}: expected {letters} = {shape} to go with x {tuple(x.shape)}, got {tuple(tensor.shape)}"
         )

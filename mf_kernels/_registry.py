@@ -75,30 +75,38 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def route(op: str, device: str, dtype: torch.dtype, num_tokens: int = 1) -> str:
     """The backend that serves this call: "native", "triton" or "reference"."""
-    compiling = torch.compiler.is_compiling()
-    backend = _last_requested if compiling else _requested.backend
-    if backend == "reference":
-        return "reference"
-    chosen = _resolve(op, backend, device, dtype, num_tokens > MAX_TOKENS)
-    if not compiling and chosen == "reference":
+    if torch.compiler.is_compiling():
+        return _route_in_graph(op, _last_requested, device, dtype, num_tokens > MAX_TOKENS)
+    chosen, reasons = _resolve(op, _requested.backend, device, dtype, num_tokens > MAX_TOKENS)
+    if chosen == "reference":
         _served[f"{op}:reference"] += 1
+        if reasons:
+            _fall_back(op, reasons)
     return chosen
 
 
 @torch.compiler.assume_constant_result
-def _resolve(op: str, requested: str, device: str, dtype: torch.dtype, too_many_tokens: bool) -> str:
-    if device == "meta":
-        return "reference"
+def _route_in_graph(op: str, requested: str, device: str, dtype: torch.dtype, too_many_tokens: bool) -> str:
+    chosen, reasons = _resolve(op, requested, device, dtype, too_many_tokens)
+    if reasons:
+        _fall_back(op, reasons)
+    return chosen
+
+
+@functools.cache
+def _resolve(op: str, requested: str, device: str, dtype: torch.dtype, too_many_tokens: bool) -> tuple[str, str]:
+    """The backend, and for a reference that nobody asked for the reasons; raises for an explicit one that cannot."""
+    if requested == "reference" or device == "meta":
+        return "reference", ""
     candidates = PREFERENCE.get(device, ()) if requested == "auto" else (requested,)
     reasons = {backend: why_not(op, backend, device, dtype, too_many_tokens) for backend in candidates}
     for backend, reason in reasons.items():
         if reason is None:
-            return backend
+            return backend, ""
     told = "; ".join(f"{b}: {r}" for b, r in reasons.items()) or f"no kernels for device {device!r}"
     if requested != "auto":
         raise RuntimeError(f"{op}: backend {requested!r} was asked for and cannot serve this call: {told}")
-    _fall_back(op, told)
-    return "reference"
+    return "reference", told
 
 
 @functools.cache

@@ -1,0 +1,222 @@
+// Dynamic ReLU on CPU: y = max(a1 x, a2 x), slopes per sample and channel.
+// Source: mf_kernels/reference.py, dynamic_relu.
+//
+// Legend: B batch, C channels, L = H*W positions, T stored type, A accumulator.
+#define MF_OPERATOR_FILE "cpu/dynamic_relu.cpp"
+#include "cpu/foreach_isa.h"
+
+#ifdef MF_ISA
+
+#include "cpu/simd.h"
+
+namespace mf::MF_ISA {
+
+// The larger, NaN where either is one, as torch.maximum
+template <class A>
+MF_INLINE Vector<A> maximum_or_nan(Vector<A> a, Vector<A> b) {
+  return (a > b) | (a != a) ? a : b;
+}
+
+template <class T>
+MF_INLINE void dynamic_relu_vector(T* y, const T* x, Vector<Accumulator<T>> slope1, Vector<Accumulator<T>> slope2, int lanes) {
+  using A = Accumulator<T>;
+  const Vector<A> value = load(x, lanes);
+  store(y, maximum_or_nan<A>(slope1 * value, slope2 * value), lanes);
+}
+
+// `count` values of one channel of one sample, neighbours in memory
+template <class T>
+void dynamic_relu_plane(T* y, const T* x, Accumulator<T> slope1, Accumulator<T> slope2, int64_t count) {
+  using A = Accumulator<T>;
+  constexpr int lanes = LANES<A>;
+  const Vector<A> a1 = broadcast(slope1), a2 = broadcast(slope2);
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) dynamic_relu_vector<T>(y + i, x + i, a1, a2, lanes);
+  if (i < count) dynamic_relu_vector<T>(y + i, x + i, a1, a2, int(count - i));
+}
+
+// `count` positions of one sample, C channels each, neighbours in memory
+template <class T>
+void dynamic_relu_rows(T* y, const T* x, const Accumulator<T>* slope1, const Accumulator<T>* slope2, int64_t count, int64_t C) {
+  using A = Accumulator<T>;
+  constexpr int lanes = LANES<A>;
+  for (int64_t l = 0; l < count; ++l, y += C, x += C) {
+    int64_t c = 0;
+    for (; c + lanes <= C; c += lanes) dynamic_relu_vector<T>(y + c, x + c, load(slope1 + c), load(slope2 + c), lanes);
+    if (c < C) dynamic_relu_vector<T>(y + c, x + c, load(slope1 + c, int(C - c)), load(slope2 + c, int(C - c)), int(C - c));
+  }
+}
+
+// d_x of one vector; adds its share of the slopes' gradients
+template <class T>
+MF_INLINE void dynamic_relu_vector_backward(T* d_x, const T* d_y, const T* x, Vector<Accumulator<T>> slope1,
+                                            Vector<Accumulator<T>> slope2, Vector<Accumulator<T>>& d_slope1,
+                                            Vector<Accumulator<T>>& d_slope2, int lanes) {
+  using A = Accumulator<T>;
+  const Vector<A> value = load(x, lanes), gradient = load(d_y, lanes);
+  const Vector<A> line1 = slope1 * value, line2 = slope2 * value;
+  // 1 where the first line wins, 0 where the second, 1/2 each on a tie
+  const Vector<A> share1 = line1 > line2 ? broadcast(A(1)) : line1 < line2 ? Vector<A>{} : broadcast(A(0.5));
+  const Vector<A> gradient1 = gradient * share1, gradient2 = gradient - gradient1;
+  store(d_x, gradient1 * slope1 + gradient2 * slope2, lanes);
+  d_slope1 += gradient1 * value;
+  d_slope2 += gradient2 * value;
+}
+
+template <class T>
+void dynamic_relu_plane_backward(T* d_x, Accumulator<T>* d_slopes,  // d_slopes[0], d_slopes[1]
+                                 const T* d_y, const T* x, Accumulator<T> slope1, Accumulator<T> slope2, int64_t count) {
+  using A = Accumulator<T>;
+  constexpr int lanes = LANES<A>;
+  const Vector<A> a1 = broadcast(slope1), a2 = broadcast(slope2);
+  Vector<A> d_a1{}, d_a2{};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) dynamic_relu_vector_backward<T>(d_x + i, d_y + i, x + i, a1, a2, d_a1, d_a2, lanes);
+  if (i < count) dynamic_relu_vector_backward<T>(d_x + i, d_y + i, x + i, a1, a2, d_a1, d_a2, int(count - i));
+  d_slopes[0] = sum<A>(d_a1);
+  d_slopes[1] = sum<A>(d_a2);
+}
+
+// All `count` positions of `channels` channels, at most 4 vectors of them: their sums stay in registers
+template <class T>
+void dynamic_relu_columns_backward(T* d_x, Accumulator<T>* d_slope1, Accumulator<T>* d_slope2,  // [channels]
+                                   const T* d_y, const T* x, const Accumulator<T>* slope1, const Accumulator<T>* slope2,
+                                   int64_t count, int64_t channels, int64_t C) {
+  using A = Accumulator<T>;
+  constexpr int lanes = LANES<A>;
+  if (channels == 4 * lanes) {
+    Vector<A> a1[4], a2[4], d_a1[4] = {}, d_a2[4] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) a1[v] = load(slope1 + v * lanes), a2[v] = load(slope2 + v * lanes);
+    for (int64_t l = 0; l < count; ++l) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        const int64_t at = l * C + v * lanes;
+        dynamic_relu_vector_backward<T>(d_x + at, d_y + at, x + at, a1[v], a2[v], d_a1[v], d_a2[v], lanes);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) store(d_slope1 + v * lanes, d_a1[v]), store(d_slope2 + v * lanes, d_a2[v]);
+    return;
+  }
+  for (int64_t c = 0; c < channels; c += lanes) {
+    const int here = int(channels - c < lanes ? channels - c : lanes);
+    const Vector<A> a1 = load(slope1 + c, here), a2 = load(slope2 + c, here);
+    Vector<A> d_a1{}, d_a2{};
+    for (int64_t l = 0; l < count; ++l) {
+      const int64_t at = l * C + c;
+      dynamic_relu_vector_backward<T>(d_x + at, d_y + at, x + at, a1, a2, d_a1, d_a2, here);
+    }
+    store(d_slope1 + c, d_a1, here);
+    store(d_slope2 + c, d_a2, here);
+  }
+}
+
+}  // namespace mf::MF_ISA
+
+#else
+
+namespace mf {
+namespace {
+
+constexpr int64_t GRAIN = 16384;  // values that are worth a thread
+
+// slopes[0][b][c] = a1, slopes[1][b][c] = a2
+template <class T>
+void take_slopes(Accumulator<T>* slopes, const T* theta, int64_t B, int64_t C) {
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t c = 0; c < C; ++c) {
+      slopes[b * C + c] = dynamic_relu_slope1(to_accumulator(theta[b * 2 * C + c]));
+      slopes[(B + b) * C + c] = dynamic_relu_slope2(to_accumulator(theta[b * 2 * C + C + c]));
+    }
+  }
+}
+
+Tensor dynamic_relu_fwd(Tensor x_in, Tensor theta_in) {
+  const FeatureMap x = feature_map(x_in);
+  const Tensor theta = as_contiguous(theta_in);  // (B, 2C)
+  const FeatureMap y = new_map(x, x.channels, x.height, x.width);
+  const int64_t B = x.batch, C = x.channels, L = x.positions();
+  count_served(Kernel::dynamic_relu_fwd);
+  with_dtype(x_in.scalar_type(), [&]<class T>() {
+    using A = Accumulator<T>;
+    Scratch<A> slopes(2 * B * C);
+    take_slopes<T>(slopes, data<T>(theta), B, C);
+    const A *slope1 = slopes, *slope2 = slope1 + B * C;
+    const T* x_data = data<T>(x.tensor);
+    T* y_data = mutable_data<T>(y.tensor);
+    if (x.channels_last) {
+      torch::stable::parallel_for(0, B * L, ceil_div(GRAIN, C), [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+          const int64_t b = begin / L, count = std::min(end, (b + 1) * L) - begin;
+          MF_CALL(dynamic_relu_rows<T>(y_data + begin * C, x_data + begin * C, slope1 + b * C, slope2 + b * C, count, C));
+          begin += count;
+        }
+      });
+    } else {
+      torch::stable::parallel_for(0, B * C, ceil_div(GRAIN, L), [&](int64_t begin, int64_t end) {
+        for (int64_t plane = begin; plane < end; ++plane) {
+          MF_CALL(dynamic_relu_plane<T>(y_data + plane * L, x_data + plane * L, slope1[plane], slope2[plane], L));
+        }
+      });
+    }
+  });
+  return y.tensor;
+}
+
+std::tuple<Tensor, Tensor> dynamic_relu_bwd(Tensor d_y_in, Tensor x_in, Tensor theta_in) {
+  const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
+  const Tensor theta = as_contiguous(theta_in);  // (B, 2C)
+  const FeatureMap d_x = new_map(x, x.channels, x.height, x.width);
+  const int64_t B = x.batch, C = x.channels, L = x.positions();
+  const Tensor d_theta = new_tensor({B, 2 * C}, theta.scalar_type());
+  count_served(Kernel::dynamic_relu_bwd);
+  with_dtype(x_in.scalar_type(), [&]<class T>() {
+    using A = Accumulator<T>;
+    Scratch<A> slopes(2 * B * C), d_slopes(2 * B * C);
+    const T *theta_data = data<T>(theta), *x_data = data<T>(x.tensor), *d_y_data = data<T>(d_y.tensor);
+    T *d_x_data = mutable_data<T>(d_x.tensor), *d_theta_data = mutable_data<T>(d_theta);
+    take_slopes<T>(slopes, theta_data, B, C);
+    const A *slope1 = slopes, *slope2 = slope1 + B * C;
+    A *d_slope1 = d_slopes, *d_slope2 = d_slope1 + B * C;
+    if (x.channels_last) {
+      constexpr int64_t columns = 64 / sizeof(A) * 4;  // four of the widest vectors
+      const int64_t groups = ceil_div(C, columns);
+      torch::stable::parallel_for(0, B * groups, ceil_div(GRAIN, L * columns), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t b = i / groups, c = i % groups * columns, at = b * C + c, offset = x.offset(b, c, 0);
+          MF_CALL(dynamic_relu_columns_backward<T>(d_x_data + offset, d_slope1 + at, d_slope2 + at, d_y_data + offset,
+                                                   x_data + offset, slope1 + at, slope2 + at, L, std::min(columns, C - c), C));
+        }
+      });
+    } else {
+      torch::stable::parallel_for(0, B * C, ceil_div(GRAIN, L), [&](int64_t begin, int64_t end) {
+        for (int64_t plane = begin; plane < end; ++plane) {
+          A sums[2];
+          MF_CALL(dynamic_relu_plane_backward<T>(d_x_data + plane * L, sums, d_y_data + plane * L, x_data + plane * L,
+                                                 slope1[plane], slope2[plane], L));
+          d_slope1[plane] = sums[0];
+          d_slope2[plane] = sums[1];
+        }
+      });
+    }
+    for (int64_t b = 0; b < B; ++b) {  // a1 and a2 are both 2 hsig(theta) + const
+      for (int64_t c = 0; c < C; ++c) {
+        const int64_t at1 = b * 2 * C + c, at2 = at1 + C;
+        from_accumulator(d_theta_data[at1], A(2) * d_slope1[b * C + c] * hard_sigmoid_slope(to_accumulator(theta_data[at1])));
+        from_accumulator(d_theta_data[at2], A(2) * d_slope2[b * C + c] * hard_sigmoid_slope(to_accumulator(theta_data[at2])));
+      }
+    }
+  });
+  return {d_x.tensor, d_theta};
+}
+
+}  // namespace
+}  // namespace mf
+
+STABLE_TORCH_LIBRARY_IMPL(mf_kernels, CPU, m) {
+  m.impl("dynamic_relu_fwd.native", TORCH_BOX(&mf::dynamic_relu_fwd));
+  m.impl("dynamic_relu_bwd.native", TORCH_BOX(&mf::dynamic_relu_bwd));
+}
+
+#endif

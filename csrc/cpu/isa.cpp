@@ -1,0 +1,98 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace mf {
+namespace {
+
+constexpr const char* ISA_NAMES[ISA_COUNT] = {"baseline", "avx2", "avx512"};
+constexpr const char* KERNEL_NAMES[KERNEL_COUNT] = {
+    "mobile_to_former_fwd", "mobile_to_former_bwd", "former_to_mobile_fwd", "former_to_mobile_bwd",
+    "dynamic_relu_fwd",     "dynamic_relu_bwd",     "depthwise_conv2d_fwd", "depthwise_conv2d_bwd",
+};
+
+std::atomic<uint64_t> calls[KERNEL_COUNT][ISA_COUNT];
+
+bool runnable(Isa which) {
+#if defined(__x86_64__)
+  switch (which) {
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    default:
+      return true;
+  }
+#else
+  return which == Isa::baseline;
+#endif
+}
+
+Isa best() {
+  return runnable(Isa::avx512) ? Isa::avx512 : runnable(Isa::avx2) ? Isa::avx2 : Isa::baseline;
+}
+
+// -1 where the name is unknown or the CPU lacks it
+int find(const char* name) {
+  for (int i = 0; i < ISA_COUNT; ++i) {
+    if (std::strcmp(name, ISA_NAMES[i]) == 0 && runnable(static_cast<Isa>(i))) return i;
+  }
+  return -1;
+}
+
+std::atomic<int>& chosen() {
+  static std::atomic<int> value = [] {
+    const char* asked = std::getenv("MF_KERNELS_ISA");
+    const int found = asked ? find(asked) : -1;
+    return found >= 0 ? found : static_cast<int>(best());
+  }();
+  return value;
+}
+
+}  // namespace
+
+Isa isa() { return static_cast<Isa>(chosen().load(std::memory_order_relaxed)); }
+
+void count_served(Kernel kernel) {
+  calls[static_cast<int>(kernel)][static_cast<int>(isa())].fetch_add(1, std::memory_order_relaxed);
+}
+
+}  // namespace mf
+
+#define MF_EXPORT extern "C" __attribute__((visibility("default")))
+
+// 0 when the instruction set of that name serves from now on, 1 when it cannot.
+MF_EXPORT int mf_kernels_cpu_set_isa(const char* name) {
+  const int found = mf::find(name);
+  if (found < 0) return 1;
+  mf::chosen().store(found, std::memory_order_relaxed);
+  return 0;
+}
+
+// {"isa": "avx512", "compiled": [...], "runnable": [...], "calls": {"dynamic_relu_fwd:native:cpu:avx512": 3}} as JSON.
+// The text stays valid until the same thread asks again.
+MF_EXPORT const char* mf_kernels_cpu_report() {
+  using namespace mf;
+  static thread_local std::string text;
+  std::string compiled, able, served;
+  const auto append = [](std::string& list, const std::string& item) { list += (list.empty() ? "" : ", ") + item; };
+  for (int i = 0; i < ISA_COUNT; ++i) {
+    const std::string name = std::string("\"") + ISA_NAMES[i] + "\"";
+#if !defined(__x86_64__)
+    if (i > 0) break;
+#endif
+    append(compiled, name);
+    if (runnable(static_cast<Isa>(i))) append(able, name);
+    for (int k = 0; k < KERNEL_COUNT; ++k) {
+      const uint64_t n = calls[k][i].load(std::memory_order_relaxed);
+      if (n > 0) append(served, std::string("\"") + KERNEL_NAMES[k] + ":native:cpu:" + ISA_NAMES[i] + "\": " + std::to_string(n));
+    }
+  }
+  text = std::string("{\"isa\": \"") + ISA_NAMES[static_cast<int>(isa())] + "\", \"compiled\": [" + compiled +
+         "], \"runnable\": [" + able + "], \"calls\": {" + served + "}}";
+  return text.c_str();
+}

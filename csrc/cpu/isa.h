@@ -1,0 +1,42 @@
+// Which instruction set serves, chosen once at run time, and how often each kernel ran.
+#pragma once
+
+#include <cstdint>
+
+namespace mf {
+
+enum class Isa : int { baseline, avx2, avx512 };
+constexpr int ISA_COUNT = 3;
+
+enum class Kernel : int {
+  mobile_to_former_fwd,
+  mobile_to_former_bwd,
+  former_to_mobile_fwd,
+  former_to_mobile_bwd,
+  dynamic_relu_fwd,
+  dynamic_relu_bwd,
+  depthwise_conv2d_fwd,
+  depthwise_conv2d_bwd,
+};
+constexpr int KERNEL_COUNT = 8;
+
+// The best instruction set that was compiled and that this CPU has, or the one that was asked for
+// (environment variable MF_KERNELS_ISA, or mf_kernels_cpu_set_isa).
+Isa isa();
+
+// Counts one call of a kernel; mf_kernels.record_kernels reads the counts.
+void count_served(Kernel kernel);
+
+}  // namespace mf
+
+// Calls a function of the namespace that was compiled for the instruction set in use.
+#if defined(__x86_64__)
+#define MF_CALL(...)                                     \
+  switch (::mf::isa()) {                                 \
+    case ::mf::Isa::avx512: ::mf::avx512::__VA_ARGS__; break; \
+    case ::mf::Isa::avx2: ::mf::avx2::__VA_ARGS__; break;     \
+    default: ::mf::baseline::__VA_ARGS__;                \
+  }
+#else
+#define MF_CALL(...) ::mf::baseline::__VA_ARGS__
+#endif
