@@ -1,0 +1,87 @@
+// Rows of a feature map as the depthwise kernels read them: one vector of output channels at every column, whatever
+// the layout, the dtype and the channel multiplier. Included once per instruction set, after simd.h.
+//
+// Legend: T stored type, A accumulator, a block is LANES<A> neighbouring output channels o; o reads channel o / mult.
+
+namespace mf::MF_ISA {
+
+// The output channels o ... o + used - 1, one a lane, and where their input channels are
+template <class A>
+struct ChannelBlock {
+  int64_t o, mult;
+  int used;               // lanes that exist; the others compute on zeros
+  int64_t c;              // input channel of the first lane
+  int span;               // input channels that the lanes read
+  IntegerVector<A> from;  // lane -> input channel, counted from c
+
+  ChannelBlock(int64_t first, int64_t outputs, int64_t multiplier) : o(first), mult(multiplier) {
+    used = int(outputs - o < LANES<A> ? outputs - o : LANES<A>);
+    c = o / mult;
+    span = int((o + used - 1) / mult - c + 1);
+    for (int i = 0; i < LANES<A>; ++i) from[i] = i < used ? (o + i) / mult - c : 0;
+  }
+};
+
+template <class A>
+MF_INLINE Vector<A> permute(Vector<A> v, IntegerVector<A> from) {
+#if defined(__clang__)
+  Vector<A> result;
+  for (int i = 0; i < LANES<A>; ++i) result[i] = v[from[i]];
+  return result;
+#else
+  return __builtin_shuffle(v, from);
+#endif
+}
+
+// row[w][lane] = x[h][w] of the block's input channels
+template <class T>
+void load_row(Accumulator<T>* row,  // [W][LANES]
+              const T* x,           // one sample
+              int64_t h, int64_t W, int64_t C, int64_t H, const ChannelBlock<Accumulator<T>>& block, bool channels_last) {
+  using A = Accumulator<T>;
+  constexpr int lanes = LANES<A>;
+  if (channels_last) {
+    const T* source = x + h * W * C + block.c;
+    if (block.mult == 1 && block.used == lanes) {
+      for (int64_t w = 0; w < W; ++w) store(row + w * lanes, load(source + w * C));
+    } else if (block.mult == 1) {
+      for (int64_t w = 0; w < W; ++w) store(row + w * lanes, load(source + w * C, block.used));
+    } else {
+      for (int64_t w = 0; w < W; ++w) store(row + w * lanes, permute<A>(load(source + w * C, block.span), block.from));
+    }
+    return;
+  }
+  for (int64_t w = 0; w < W; w += lanes) {
+    const int columns = int(W - w < lanes ? W - w : lanes);
+    Vector<A> square[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      square[i] = i < block.used ? load(x + ((block.c + block.from[i]) * H + h) * W + w, columns) : Vector<A>{};
+    }
+    transpose<A>(square);
+    for (int i = 0; i < columns; ++i) store(row + (w + i) * lanes, square[i]);
+  }
+}
+
+// y[h][w] of the channels c ... c + used - 1 = row[w][lane], rounded to T
+template <class T>
+void store_row(T* y,                      // one sample of C channels
+               const Accumulator<T>* row, // [W][LANES]
+               int64_t h, int64_t W, int64_t C, int64_t H, int64_t c, int used, bool channels_last) {
+  using A = Accumulator<T>;
+  constexpr int lanes = LANES<A>;
+  if (channels_last) {
+    for (int64_t w = 0; w < W; ++w) store(y + (h * W + w) * C + c, load(row + w * lanes), used);
+    return;
+  }
+  for (int64_t w = 0; w < W; w += lanes) {
+    const int columns = int(W - w < lanes ? W - w : lanes);
+    Vector<A> square[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) square[i] = i < columns ? load(row + (w + i) * lanes) : Vector<A>{};
+    transpose<A>(square);
+    for (int i = 0; i < used; ++i) store(y + ((c + i) * H + h) * W + w, square[i], columns);
+  }
+}
+
+}  // namespace mf::MF_ISA
