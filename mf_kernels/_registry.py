@@ -126,7 +126,8 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype, too_many_tok
 
 
 def _triton_missing(op: str, device: str) -> str | None:
-    if importlib.util.find_spec(f"mf_kernels.triton.{op}") is None:
+    # find_spec imports the parent and raises when there is none
+    if any(importlib.util.find_spec(name) is None for name in ("mf_kernels.triton", f"mf_kernels.triton.{op}")):
         return "this package holds no Triton kernel for this operator"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
