@@ -15,13 +15,23 @@
 
 namespace mf::MF_ISA {
 
+template <class A, Activation ACTIVATION>
+MF_INLINE Vector<A> activate(Vector<A> z) {  // the bound first and z second, so that NaN stays
+  const Vector<A> zero{}, one = broadcast(A(1)), six = broadcast(A(6));
+  if constexpr (ACTIVATION == Activation::relu6) return maximum<A>(zero, minimum<A>(six, z));
+  if constexpr (ACTIVATION == Activation::hardswish) return z * maximum<A>(zero, minimum<A>(one, z * A(1.0 / 6) + A(0.5)));
+  return z;
+}
+
+// row[i] = activation(row[i]) for `count` vectors
 template <class A>
-MF_INLINE Vector<A> activate(Vector<A> z, Activation activation) {
-  if (activation == Activation::identity) return z;
-  const Vector<A> zero{}, six = broadcast(A(6));
-  if (activation == Activation::relu6) return maximum<A>(zero, z > six ? six : z);  // NaN stays
-  const Vector<A> shifted = z + A(3);
-  return z * maximum<A>(zero, shifted > six ? six : shifted) * A(1.0 / 6);
+void activate_row(A* row, int64_t count, Activation activation) {
+  constexpr int lanes = LANES<A>;
+  if (activation == Activation::relu6) {
+    for (int64_t i = 0; i < count * lanes; i += lanes) store(row + i, activate<A, Activation::relu6>(load(row + i)));
+  } else if (activation == Activation::hardswish) {
+    for (int64_t i = 0; i < count * lanes; i += lanes) store(row + i, activate<A, Activation::hardswish>(load(row + i)));
+  }
 }
 
 // Slope of the activation, as torch: 0 at both corners of relu6, and of hardswish outside (-3, 3)
@@ -35,16 +45,23 @@ MF_INLINE Vector<A> activation_slope(Vector<A> z, Activation activation) {
 
 // weight[t][lane], zeros in the lanes that do not exist
 template <class T>
-void load_weight(Vector<Accumulator<T>>* weight,  // [K*K]
+void load_weight(Vector<Accumulator<T>>* weight,  // [taps]
                  const T* source,                 // (O, 1, K, K)
                  const ChannelBlock<Accumulator<T>>& block, int taps) {
-  for (int t = 0; t < taps; ++t) {
-    weight[t] = Vector<Accumulator<T>>{};
-    for (int i = 0; i < block.used; ++i) weight[t][i] = to_accumulator(source[(block.o + i) * taps + t]);
+  using A = Accumulator<T>;
+  constexpr int lanes = LANES<A>;
+  for (int t = 0; t < taps; t += lanes) {
+    const int here = taps - t < lanes ? taps - t : lanes;
+    Vector<A> square[lanes];
+    for (int i = 0; i < lanes; ++i) {
+      square[i] = i < block.used ? load(source + (block.o + i) * taps + t, here) : Vector<A>{};
+    }
+    transpose<A>(square);
+    for (int i = 0; i < here; ++i) weight[t + i] = square[i];
   }
 }
 
-// Input rows kept under their number modulo `count`; rows outside the map are zeros
+// Input rows kept under their number modulo `count`, a vector of channels at every column, padding included
 template <class T>
 struct RowRing {
   using A = Accumulator<T>;
@@ -53,58 +70,123 @@ struct RowRing {
   const ChannelBlock<A>& block;
   bool channels_last;
   int64_t count, next;  // rows held, first row not loaded yet
-  int64_t row_size;
-  Scratch<A> memory;    // count rows and one of zeros, each [W + 2*(K/2)][LANES]
+  A* memory;            // [count][W + 2*(K/2)][LANES], zeros in the padding
 
-  RowRing(const DepthwiseShape& s, const T* sample, const ChannelBlock<A>& b, bool last, int64_t rows, int64_t first)
-      : shape(s), x(sample), block(b), channels_last(last), count(rows), next(first > 0 ? first : 0),
-        row_size((s.W + 2 * s.pad()) * LANES<A>), memory((rows + 1) * row_size) {
-    for (int64_t i = 0; i < (count + 1) * row_size; ++i) memory[i] = 0;
-  }
+  int64_t row_size() const { return (shape.W + 2 * shape.pad()) * LANES<A>; }
   void load_until(int64_t end) {  // rows below `end`
     for (; next < end && next < shape.H; ++next) {
-      load_row<T>(memory + next % count * row_size + shape.pad() * LANES<A>, x, next, shape.W, shape.C, shape.H, block, channels_last);
+      load_row<T>(memory + next % count * row_size() + shape.pad() * LANES<A>, x, next, shape.W, shape.C, shape.H, block, channels_last);
     }
   }
-  const A* row(int64_t h) const { return memory + (h < 0 || h >= shape.H ? count : h % count) * row_size; }
+  Row<A> row(int64_t h) const { return {memory + h % count * row_size(), LANES<A>}; }
 };
 
-// Output rows [begin, end) of one block of one sample
-template <class T, int K, int S>
-void depthwise_conv2d_rows(T* y, const T* x, const T* weight_in, const T* bias_in, const DepthwiseShape& shape, int64_t o,
-                           int64_t begin, int64_t end, Activation activation, bool channels_last) {
-  using A = Accumulator<T>;
-  constexpr int lanes = LANES<A>, pad = K / 2;
-  constexpr int rows_at_once = K == 3 && S == 1 ? 2 : 1;
-  const ChannelBlock<A> block(o, shape.O, shape.mult);
-  Vector<A> weight[K * K], bias{};
-  load_weight<T>(weight, weight_in, block, K * K);
-  if (bias_in != nullptr) bias = load(bias_in + o, block.used);
-  RowRing<T> ring(shape, x, block, channels_last, K + S * (rows_at_once - 1), begin * S - pad);
-  Scratch<A> out(channels_last ? 0 : rows_at_once * shape.OW * lanes);
+// out[r][w] = sums of ROWS neighbouring output rows, from rows with their padding in memory
+template <class A, int K, int S, int ROWS>
+void convolve_into(A* out,                    // [ROWS][width][LANES]
+                   const Row<A>* rows,        // [K + S*(ROWS-1)]
+                   const Vector<A>* weight,   // [K*K]
+                   Vector<A> bias, int64_t width) {
+  convolve_rows<A, K, S, ROWS, false>(rows, weight, bias, width, 0, [&](int r, int64_t w, Vector<A> z) {
+    store(out + (r * width + w) * LANES<A>, z);
+  });
+}
 
-  const auto emit_rows = [&]<int ROWS>(int64_t h) {
+// Output rows [begin, end) of a whole block of a channels_last sample of multiplier 1, read and written where it lies
+template <int K, int S, Activation ACTIVATION>
+void depthwise_conv2d_direct(float* y, const float* x,  // one sample
+                             const Vector<float>* weight, Vector<float> bias, const DepthwiseShape& shape, int64_t o,
+                             int64_t begin, int64_t end) {
+  alignas(Vector<float>) const float zeros[LANES<float>] = {};
+  const int64_t C = shape.C, next_row = shape.OW * C;
+  const auto make_rows = [&]<int ROWS>(int64_t h) {
     constexpr int reads = K + S * (ROWS - 1);
-    ring.load_until(h * S - pad + reads);
-    const A* rows[reads];
-    for (int i = 0; i < reads; ++i) rows[i] = ring.row(h * S - pad + i);
-    if (channels_last) {
-      T* target = y + h * shape.OW * shape.O + o;
-      const auto emit = [&](int r, int64_t w, Vector<A> z) {
-        store(target + (r * shape.OW + w) * shape.O, activate<A>(z, activation), block.used);
-      };
-      convolve_rows<A, K, S, ROWS>(rows, weight, bias, shape.OW, emit);
-    } else {
-      const auto emit = [&](int r, int64_t w, Vector<A> z) { store(out + (r * shape.OW + w) * lanes, activate<A>(z, activation)); };
-      convolve_rows<A, K, S, ROWS>(rows, weight, bias, shape.OW, emit);
-      for (int r = 0; r < ROWS; ++r) {
-        store_row<T>(y, out + r * shape.OW * lanes, h + r, shape.OW, shape.O, shape.OH, o, block.used, false);
-      }
+    Row<float> rows[reads];
+    for (int i = 0; i < reads; ++i) {
+      const int64_t at = h * S - K / 2 + i;
+      rows[i] = at < 0 || at >= shape.H ? Row<float>{zeros, 0} : Row<float>{x + (at * shape.W - K / 2) * C + o, C};
+    }
+    float* target = y + h * next_row + o;
+    convolve_rows<float, K, S, ROWS, true>(rows, weight, bias, shape.OW, shape.W, [&](int r, int64_t w, Vector<float> z) {
+      store(target + r * next_row + w * C, activate<float, ACTIVATION>(z));
+    });
+  };
+  constexpr int rows_at_once = K == 3 && S == 1 ? 2 : 1;
+  int64_t h = begin;
+  for (; h + rows_at_once <= end; h += rows_at_once) make_rows.template operator()<rows_at_once>(h);
+  for (; h < end; ++h) make_rows.template operator()<1>(h);
+}
+
+// The same of any block, layout, dtype and multiplier, through rows of scratch memory
+template <class T, int K, int S>
+void depthwise_conv2d_strip(T* y,                         // one sample
+                            Accumulator<T>* out,          // [2][OW][LANES]
+                            RowRing<T> ring, const Vector<Accumulator<T>>* weight, Vector<Accumulator<T>> bias,
+                            int64_t begin, int64_t end, Activation activation) {
+  using A = Accumulator<T>;
+  const DepthwiseShape& shape = ring.shape;
+  alignas(Vector<A>) const A zeros[LANES<A>] = {};
+  const auto make_rows = [&]<int ROWS>(int64_t h) {
+    constexpr int reads = K + S * (ROWS - 1);
+    Row<A> rows[reads];
+    ring.load_until(h * S - K / 2 + reads);
+    for (int i = 0; i < reads; ++i) {
+      const int64_t at = h * S - K / 2 + i;
+      rows[i] = at < 0 || at >= shape.H ? Row<A>{zeros, 0} : ring.row(at);
+    }
+    convolve_into<A, K, S, ROWS>(out, rows, weight, bias, shape.OW);
+    activate_row<A>(out, ROWS * shape.OW, activation);
+    for (int r = 0; r < ROWS; ++r) {
+      store_row<T>(y, out + r * shape.OW * LANES<A>, h + r, shape.OW, shape.O, shape.OH, ring.block.o, ring.block.used, ring.channels_last);
     }
   };
+  constexpr int rows_at_once = K == 3 && S == 1 ? 2 : 1;
   int64_t h = begin;
-  for (; h + rows_at_once <= end; h += rows_at_once) emit_rows.template operator()<rows_at_once>(h);
-  for (; h < end; ++h) emit_rows.template operator()<1>(h);
+  for (; h + rows_at_once <= end; h += rows_at_once) make_rows.template operator()<rows_at_once>(h);
+  for (; h < end; ++h) make_rows.template operator()<1>(h);
+}
+
+// Tasks [begin, end): task i is `STRIP` output rows of one block of one sample
+template <class T, int K, int S>
+void depthwise_conv2d_tasks(T* y, const T* x, const T* weight_in, const T* bias_in, const DepthwiseShape& shape,
+                            int64_t begin, int64_t end, Activation activation, bool channels_last) {
+  using A = Accumulator<T>;
+  constexpr int lanes = LANES<A>;
+  constexpr int64_t held = K + S;  // input rows that two output rows read
+  const int64_t blocks = (shape.O + lanes - 1) / lanes, strips = shape.forward_strips();
+  const int64_t row_size = (shape.W + 2 * shape.pad()) * lanes;
+  Scratch<A> out(2 * shape.OW * lanes), memory(held * row_size);
+  for (int64_t i = 0; i < held * row_size; ++i) memory[i] = 0;
+
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t first = i % strips * DepthwiseShape::STRIP;
+    const int64_t last = first + DepthwiseShape::STRIP < shape.OH ? first + DepthwiseShape::STRIP : shape.OH;
+    const int64_t o = i / strips % blocks * lanes, b = i / strips / blocks;
+    const T* sample = x + b * shape.C * shape.H * shape.W;
+    T* y_sample = y + b * shape.O * shape.OH * shape.OW;
+    const ChannelBlock<A> block(o, shape.O, shape.mult);
+    Vector<A> weight[K * K], bias{};
+    load_weight<T>(weight, weight_in, block, K * K);
+    if (bias_in != nullptr) bias = load(bias_in + o, block.used);
+
+    if constexpr (std::is_same_v<T, float>) {
+      if (channels_last && shape.mult == 1 && block.used == lanes) {
+        switch (activation) {
+          case Activation::hardswish:
+            depthwise_conv2d_direct<K, S, Activation::hardswish>(y_sample, sample, weight, bias, shape, o, first, last);
+            break;
+          case Activation::relu6:
+            depthwise_conv2d_direct<K, S, Activation::relu6>(y_sample, sample, weight, bias, shape, o, first, last);
+            break;
+          default: depthwise_conv2d_direct<K, S, Activation::identity>(y_sample, sample, weight, bias, shape, o, first, last);
+        }
+        continue;
+      }
+    }
+    const int64_t from = first * S - K / 2;
+    const RowRing<T> ring{shape, sample, block, channels_last, held, from < 0 ? 0 : from, memory};
+    depthwise_conv2d_strip<T, K, S>(y_sample, out, ring, weight, bias, first, last, activation);
+  }
 }
 
 // How the lanes of one block fold into input channels c_first + lane: at most `mult` shuffles, each with a mask
@@ -145,7 +227,7 @@ void depthwise_conv2d_channels_backward(T* d_x, Accumulator<T>* d_weight_out,  /
   const int64_t strip = shape.backward_strip(lanes * sizeof(A));
   const int64_t g_rows = strip + 2 * halo, x_rows = (g_rows - 1) * S + K;
   const int64_t g_row = (shape.OW + 2 * halo) * lanes, x_row = (shape.W + 2 * pad) * lanes, d_row = shape.W * lanes;
-  Scratch<A> g_memory(g_rows * g_row), x_memory(x_rows * x_row), d_memory(strip * S * d_row);
+  Scratch<A> g_memory(g_rows * g_row), x_memory(x_rows * x_row), d_memory(strip * S * d_row), z(shape.OW * lanes);
   for (int64_t i = 0; i < g_rows * g_row; ++i) g_memory[i] = 0;
   for (int64_t i = 0; i < x_rows * x_row; ++i) x_memory[i] = 0;
   const int64_t outputs = channels * shape.mult, o_first = c_first * shape.mult;
@@ -179,12 +261,13 @@ void depthwise_conv2d_channels_backward(T* d_x, Accumulator<T>* d_weight_out,  /
           continue;
         }
         load_row<T>(g, d_y, h, shape.OW, shape.O, shape.OH, gradient_block, channels_last);
-        const A* rows[K];
-        for (int u = 0; u < K; ++u) rows[u] = x_memory + (i * S + u) * x_row;
+        Row<A> rows[K];
+        for (int u = 0; u < K; ++u) rows[u] = {x_memory + (i * S + u) * x_row, lanes};
         if (activation != Activation::identity) {
-          convolve_rows<A, K, S, 1>(rows, weight, bias, shape.OW, [&](int, int64_t w, Vector<A> z) {
-            store(g + w * lanes, load(g + w * lanes) * activation_slope<A>(z, activation));
-          });
+          convolve_into<A, K, S, 1>(z, rows, weight, bias, shape.OW);
+          for (int64_t j = 0; j < shape.OW * lanes; j += lanes) {
+            store(g + j, load(g + j) * activation_slope<A>(load(z + j), activation));
+          }
         }
         if (h >= begin && h < end) {
           A* sums = d_weight_out + o * (K * K + 1);
@@ -219,17 +302,18 @@ void depthwise_conv2d_channels_backward(T* d_x, Accumulator<T>* d_weight_out,  /
   }
 }
 
-// Output channels of one task forward, and input channels of one task backward, for this instruction set
+// Tasks of one sample forward, and input channels of one task backward, for this instruction set
 template <class T>
-void depthwise_conv2d_steps(int64_t& outputs, int64_t& channels, int64_t mult) {
-  int64_t a = LANES<Accumulator<T>>, b = mult;
+void depthwise_conv2d_steps(int64_t& tasks, int64_t& channels, const DepthwiseShape& shape) {
+  constexpr int64_t lanes = LANES<Accumulator<T>>;
+  tasks = (shape.O + lanes - 1) / lanes * shape.forward_strips();
+  int64_t common = lanes, b = shape.mult;  // greatest common divisor
   while (b != 0) {
-    const int64_t rest = a % b;
-    a = b;
+    const int64_t rest = common % b;
+    common = b;
     b = rest;
   }
-  outputs = LANES<Accumulator<T>>;
-  channels = outputs / a;  // so that channels * mult fills whole blocks
+  channels = lanes / common;  // so that channels * mult fills whole blocks
 }
 
 }  // namespace mf::MF_ISA
@@ -264,19 +348,12 @@ Tensor depthwise_conv2d_fwd(Tensor x_in, Tensor weight_in, std::optional<Tensor>
   with_dtype(x_in.scalar_type(), [&]<class T>() {
     const T *x_data = data<T>(x.tensor), *weight_data = data<T>(weight), *bias_data = bias ? data<T>(*bias) : nullptr;
     T* y_data = mutable_data<T>(y.tensor);
-    int64_t outputs, channels;
-    MF_CALL(depthwise_conv2d_steps<T>(outputs, channels, shape.mult));
-    constexpr int64_t strip = 32;  // output rows of one task
-    const int64_t blocks = ceil_div(shape.O, outputs), strips = ceil_div(shape.OH, strip);
-    torch::stable::parallel_for(0, x.batch * blocks * strips, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t s = i % strips, o = i / strips % blocks * outputs, b = i / strips / blocks;
-        with_window(shape, [&]<int K, int S>() {
-          MF_CALL(depthwise_conv2d_rows<T, K, S>(y_data + y.offset(b, 0, 0), x_data + x.offset(b, 0, 0), weight_data,
-                                                 bias_data, shape, o, s * strip, std::min(shape.OH, (s + 1) * strip),
-                                                 activation, x.channels_last));
-        });
-      }
+    int64_t tasks, channels;
+    MF_CALL(depthwise_conv2d_steps<T>(tasks, channels, shape));
+    torch::stable::parallel_for(0, x.batch * tasks, 1, [&](int64_t begin, int64_t end) {
+      with_window(shape, [&]<int K, int S>() {
+        MF_CALL(depthwise_conv2d_tasks<T, K, S>(y_data, x_data, weight_data, bias_data, shape, begin, end, activation, x.channels_last));
+      });
     });
   });
   return y.tensor;
@@ -298,8 +375,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_
     const T *x_data = data<T>(x.tensor), *d_y_data = data<T>(d_y.tensor), *weight_data = data<T>(weight);
     const T* bias_data = bias ? data<T>(*bias) : nullptr;
     T *d_x_data = mutable_data<T>(d_x.tensor), *d_weight_data = mutable_data<T>(d_weight), *d_bias_data = mutable_data<T>(d_bias);
-    int64_t outputs, channels;
-    MF_CALL(depthwise_conv2d_steps<T>(outputs, channels, shape.mult));
+    int64_t tasks, channels;
+    MF_CALL(depthwise_conv2d_steps<T>(tasks, channels, shape));
     const int64_t groups = ceil_div(shape.C, channels), taps = shape.K * shape.K, sums = shape.O * (taps + 1);
     Scratch<A> partials(x.batch * sums);  // of every sample, summed in order so that threads change nothing
     for (int64_t i = 0; i < x.batch * sums; ++i) partials[i] = 0;

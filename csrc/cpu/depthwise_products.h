@@ -1,16 +1,25 @@
 // The products of which the depthwise convolution and its gradients are made, on rows that hold one vector of channels
 // at every column. Included once per instruction set, after simd.h.
 //
-// Legend: K kernel side, S stride, A accumulator. A row is [columns][LANES] with K/2 zero columns before the first.
+// Legend: K kernel side, S stride, A accumulator. Columns count from the padding: the map's first one is K/2.
 
 namespace mf::MF_ISA {
 
-// sums[r][i] for ROWS neighbouring output rows and COLUMNS neighbouring output columns from `column` on
-template <class A, int K, int S, int ROWS, int COLUMNS, class Emit>
-MF_INLINE void convolve_block(const A* const* rows,      // [K + S*(ROWS-1)], first padded column of each input row
+// One input row: where padded column 0 would be, and the step between columns. A row of zeros has step 0.
+template <class A>
+struct Row {
+  const A* at;
+  int64_t step;
+  MF_INLINE Vector<A> operator[](int64_t column) const { return load(at + column * step); }
+};
+
+// Calls emit(r, column, sum) for ROWS neighbouring output rows and COLUMNS neighbouring output columns.
+// BORDERED: the padding is not in memory, so columns outside [K/2, K/2 + width) are not read.
+template <class A, int K, int S, int ROWS, int COLUMNS, bool BORDERED, class Emit>
+MF_INLINE void convolve_block(const Row<A>* rows,        // [K + S*(ROWS-1)]
                               const Vector<A>* weight,   // [K*K]
-                              Vector<A> bias, int64_t column, const Emit& emit) {
-  constexpr int lanes = LANES<A>, reads = S * (COLUMNS - 1) + K;
+                              Vector<A> bias, int64_t column, int64_t input_width, const Emit& emit) {
+  constexpr int reads = S * (COLUMNS - 1) + K;
   Vector<A> acc[ROWS][COLUMNS];
 #pragma GCC unroll 2
   for (int r = 0; r < ROWS; ++r) {
@@ -21,7 +30,10 @@ MF_INLINE void convolve_block(const A* const* rows,      // [K + S*(ROWS-1)], fi
   for (int h = 0; h < K + S * (ROWS - 1); ++h) {
     Vector<A> x[reads];
 #pragma GCC unroll 11
-    for (int i = 0; i < reads; ++i) x[i] = load(rows[h] + (column * S + i) * lanes);
+    for (int i = 0; i < reads; ++i) {
+      const int64_t at = column * S + i;
+      x[i] = BORDERED && (at < K / 2 || at >= K / 2 + input_width) ? Vector<A>{} : rows[h][at];
+    }
 #pragma GCC unroll 2
     for (int r = 0; r < ROWS; ++r) {
       const int u = h - r * S;
@@ -41,14 +53,24 @@ MF_INLINE void convolve_block(const A* const* rows,      // [K + S*(ROWS-1)], fi
 }
 
 // Calls emit(r, column, sum) for ROWS output rows of `width` columns
-template <class A, int K, int S, int ROWS, class Emit>
-MF_INLINE void convolve_rows(const A* const* rows, const Vector<A>* weight, Vector<A> bias, int64_t width, const Emit& emit) {
+template <class A, int K, int S, int ROWS, bool BORDERED, class Emit>
+MF_INLINE void convolve_rows(const Row<A>* rows, const Vector<A>* weight, Vector<A> bias, int64_t width, int64_t input_width,
+                             const Emit& emit) {
   int64_t column = 0;
-  for (; column + 4 <= width; column += 4) convolve_block<A, K, S, ROWS, 4>(rows, weight, bias, column, emit);
+  if (BORDERED && width >= 4) {
+    convolve_block<A, K, S, ROWS, 4, true>(rows, weight, bias, 0, input_width, emit);
+    column = 4;
+  }
+  // blocks whose reads, up to padded column S*(column + 3) + K - 1, stay inside the map
+  const int64_t inside = BORDERED ? (input_width + K / 2 - K) / S - 3 : width - 4;
+  for (; column <= inside && column + 4 <= width; column += 4) {
+    convolve_block<A, K, S, ROWS, 4, false>(rows, weight, bias, column, input_width, emit);
+  }
+  for (; column + 4 <= width; column += 4) convolve_block<A, K, S, ROWS, 4, BORDERED>(rows, weight, bias, column, input_width, emit);
   switch (width - column) {
-    case 3: return convolve_block<A, K, S, ROWS, 3>(rows, weight, bias, column, emit);
-    case 2: return convolve_block<A, K, S, ROWS, 2>(rows, weight, bias, column, emit);
-    case 1: return convolve_block<A, K, S, ROWS, 1>(rows, weight, bias, column, emit);
+    case 3: return convolve_block<A, K, S, ROWS, 3, BORDERED>(rows, weight, bias, column, input_width, emit);
+    case 2: return convolve_block<A, K, S, ROWS, 2, BORDERED>(rows, weight, bias, column, input_width, emit);
+    case 1: return convolve_block<A, K, S, ROWS, 1, BORDERED>(rows, weight, bias, column, input_width, emit);
   }
 }
 
@@ -57,7 +79,7 @@ template <class A, int K, int S>
 MF_INLINE void add_weight_gradient(Vector<A>* d_weight,      // [K*K]
                                    Vector<A>& d_bias,
                                    const A* g,               // [width][LANES]
-                                   const A* const* rows,     // [K], first padded column of each input row
+                                   const Row<A>* rows,       // [K]
                                    int64_t width) {
   constexpr int lanes = LANES<A>;
   Vector<A> acc[K * K], total = d_bias;
@@ -69,7 +91,7 @@ MF_INLINE void add_weight_gradient(Vector<A>* d_weight,      // [K*K]
 #pragma GCC unroll 5
     for (int u = 0; u < K; ++u) {
 #pragma GCC unroll 5
-      for (int v = 0; v < K; ++v) acc[u * K + v] += gradient * load(rows[u] + (j * S + v) * lanes);
+      for (int v = 0; v < K; ++v) acc[u * K + v] += gradient * rows[u][j * S + v];
     }
   }
 #pragma GCC unroll 25

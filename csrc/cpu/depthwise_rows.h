@@ -17,8 +17,14 @@ struct ChannelBlock {
   ChannelBlock(int64_t first, int64_t outputs, int64_t multiplier) : o(first), mult(multiplier) {
     used = int(outputs - o < LANES<A> ? outputs - o : LANES<A>);
     c = o / mult;
-    span = int((o + used - 1) / mult - c + 1);
-    for (int i = 0; i < LANES<A>; ++i) from[i] = i < used ? (o + i) / mult - c : 0;
+    typename VectorTypes<A>::lane_integer lane_from[LANES<A>] = {};
+    int64_t channel = 0, filter = o % mult;
+    for (int i = 0; i < used; ++i) {
+      lane_from[i] = channel;
+      if (++filter == mult) filter = 0, ++channel;
+    }
+    span = int(lane_from[used - 1]) + 1;
+    __builtin_memcpy(&from, lane_from, sizeof(from));
   }
 };
 

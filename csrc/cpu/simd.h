@@ -10,11 +10,13 @@ template <class A>
 struct VectorTypes;
 template <>
 struct VectorTypes<float> {
+  using lane_integer = int32_t;
   typedef float vector __attribute__((vector_size(MF_ISA_BYTES)));
   typedef int32_t integer __attribute__((vector_size(MF_ISA_BYTES)));
 };
 template <>
 struct VectorTypes<double> {
+  using lane_integer = int64_t;
   typedef double vector __attribute__((vector_size(MF_ISA_BYTES)));
   typedef int64_t integer __attribute__((vector_size(MF_ISA_BYTES)));
 };
@@ -34,6 +36,11 @@ MF_INLINE Vector<A> broadcast(A value) {
 template <class A>
 MF_INLINE Vector<A> maximum(Vector<A> a, Vector<A> b) {
   return a > b ? a : b;
+}
+
+template <class A>
+MF_INLINE Vector<A> minimum(Vector<A> a, Vector<A> b) {
+  return a < b ? a : b;
 }
 
 // ---- loads and stores of all lanes
