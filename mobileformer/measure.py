@@ -1,7 +1,7 @@
 """Measuring: contenders timed in turns, differences from a reference, weights that let errors show.
 
-A machine's speed drifts while one measures (clocks, neighbours, caches). So contenders are not timed one by one
-but in turns, A B C A B C ..., and only numbers of one such run may be divided by each other.
+A machine's speed drifts while one measures (clocks, neighbours, caches). So contenders take turns,
+A B C A B C ..., and only numbers of one such run may be divided by each other.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ def difference(actual: Tensor, reference: Tensor) -> Difference:
 def lively_weights_(model: nn.Module, seed: int = 0) -> None:
     """Fill a model, in place, with seeded random weights that let every part move the result.
 
-    A fresh model hides errors: its linear layers start near zero, so attention, gates and dynamic ReLU hardly
-    count. Here matrices and kernels are gain / sqrt(fan-in) * N(0, 1), gain 0.9 for convolutions and 1 else;
-    tokens N(0, 1); biases and running means 0.1 * N(0, 1); scales and running variances uniform in 0.5 .. 1.5.
+    A fresh model hides errors: its linear layers start near zero, so attention, gates, dynamic ReLU hardly
+    count. Here matrices are N(0, 1) / sqrt(fan-in), convolutions 0.9 of that, tokens N(0, 1), biases and
+    running means 0.1 * N(0, 1), scales and running variances uniform in 0.5 to 1.5.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.state_dict().items():

@@ -13,6 +13,7 @@ from mobileformer.cli.output import (
     check_device,
     check_variant,
     command,
+    machine_line,
     note,
     print_json,
     print_table,
@@ -51,7 +52,7 @@ def bench(
     """Time plain PyTorch in both layouts, torch.compile and the fused operators against each other.
 
     In turns, in one run: A B C A B C. First every contender's logits are compared with the float64 reference;
-    one that is off is reported, not timed, and the exit code is 1. Weights are random: they do not change speed.
+    one that is off is reported, not timed, and the exit code is 1. Weights are random: speed is the same.
     """
     with command(as_json):
         batch, size = batch or (16 if train else 1), size or (128 if train else 224)
@@ -82,7 +83,7 @@ def bench(
             show_rows(
                 f"{variant}, {what}, batch {batch}, {size} x {size}, {dtype}, {threads} thread(s), {device}",
                 report["contenders"],
-                caption="\n".join(f"{key}: {value}" for key, value in report["machine"].items()),
+                caption=machine_line(report["machine"]),
             )
         if any(row["error"] for row in report["contenders"]):
             raise typer.Exit(1)

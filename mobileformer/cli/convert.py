@@ -31,7 +31,9 @@ def convert(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Class names to keep in OUT: one a line, or a JSON list."),
+        typer.Option(
+            metavar="FILE", help="Class names to keep in OUT: one a line, or a list in a .json file."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
     as_json: JsonOption = False,

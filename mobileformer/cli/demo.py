@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mobileformer.cli.bench import photo_tensor, show_rows
-from mobileformer.cli.output import JsonOption, check_variant, command, print_json, progress
+from mobileformer.cli.output import JsonOption, check_variant, command, machine_line, print_json, progress
 
 __all__ = ["demo"]
 
@@ -80,7 +80,7 @@ def _show(report: dict[str, Any]) -> None:
         "float32",
         report["contenders"],
         caption=f"Largest logit: {report['largest_logit']:.2f}. The same in float64: {double}.\n"
-        + "\n".join(f"{key}: {value}" for key, value in report["machine"].items()),
+        + machine_line(report["machine"]),
     )
     for row in report["contenders_float64"]:
         if row["error"]:

@@ -16,6 +16,7 @@ __all__ = [
     "check_device",
     "check_variant",
     "command",
+    "machine_line",
     "note",
     "print_json",
     "print_table",
@@ -87,6 +88,14 @@ def progress(items: Any, description: str, *, total: int | None = None) -> Any:
     return tqdm(items, desc=description, total=total, leave=False, disable=None, file=sys.stderr)
 
 
+def machine_line(machine: dict[str, str | int]) -> str:
+    """`mobileformer.measure.machine` in one line."""
+    named = ("cpu", "instruction_set", "system", "gpu")
+    told = [str(machine[key]) for key in named if key in machine]
+    told += [f"{key} {value}" for key, value in machine.items() if key not in named]
+    return ", ".join(told)
+
+
 def check_variant(value: str | None) -> str | None:
     """Callback of --variant options: a known variant's name."""
     from mobileformer import VARIANTS
@@ -106,7 +115,7 @@ def check_device(device: str) -> None:
 
 def _is_number(cell: str) -> bool:
     try:
-        float(cell.replace(" ", "").rstrip("x%"))
+        float(cell.replace(" ", "").rstrip("xM%"))
     except ValueError:
         return False
     return True

@@ -38,7 +38,7 @@ def predict(
         Path | None, typer.Option(metavar="FILE", help="Our safetensors, or a published checkpoint.")
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Class names: one a line, or a JSON list.")
+        Path | None, typer.Option(metavar="FILE", help="Class names: one a line, or a list in a .json file.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
     size: Annotated[int, typer.Option(min=32, help="Side of the square the network sees, in pixels.")] = 224,

@@ -45,20 +45,20 @@ def open_model(path: Path, *, use_fused: bool = True) -> Model:
 
 
 def read_labels(path: Path, num_classes: int) -> list[str]:
-    """Names of the classes in order: a JSON list of texts, or one name a line. Raises CommandError."""
+    """Names of the classes in order: a list in a .json file, else one name a line. Raises CommandError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"--labels: {path}: {error}") from error
-    if text.lstrip().startswith("["):
+    if path.suffix.lower() == ".json":
         try:
             labels = json.loads(text)
         except json.JSONDecodeError as error:
             raise CommandError(f"--labels: {path}: not valid JSON: {error}") from error
     else:
-        labels = text.rstrip("\n").splitlines()
-    if not all(isinstance(label, str) and label.strip() for label in labels):
-        raise CommandError(f"--labels: {path}: every class needs a name, found an empty line or entry")
+        labels = text.rstrip().split("\n")
+    if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
+        raise CommandError(f"--labels: {path}: expected a list with a name, not empty, for every class")
     if len(labels) != num_classes:
         raise CommandError(
             f"--labels: {path}: expected {num_classes} names, one for each class, found {len(labels)}"

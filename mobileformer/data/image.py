@@ -163,7 +163,7 @@ def find_images(arguments: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[s
     included, hidden names and links to folders left out. A pattern (`*`, `?`, `[...]`, `**`) counts where no
     file has that very name. Folders and patterns give sorted files, arguments stay in the order given.
     """
-    for argument in map(os.fspath, arguments):
+    for argument in [os.fspath(argument) for argument in arguments]:
         if os.path.isdir(argument):
             yield from _from_folder(argument)
         elif os.path.lexists(argument) or not glob.has_magic(argument):
