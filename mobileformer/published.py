@@ -6,6 +6,9 @@ Counters do not agree, so the name of the counter belongs to the number:
 |--------------------|-------------------------------------------------------------------------------------|
 | fvcore             | fvcore 0.1.5, its default operators, on the authors' code; names like 26M round it   |
 | conv+linear+matmul | convolutions, linear layers, attention's products; `torch.utils.flop_counter` / 2    |
+
+The plain path of this package gives the same under fvcore, once its mean over the last map is counted as the
+authors' pooling layer is: one for each value.
 """
 
 from __future__ import annotations

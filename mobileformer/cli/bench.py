@@ -113,6 +113,8 @@ def measure(
         x = stack_photo(photo_tensor(image, size), batch)
     else:
         x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if compiled:
+        note("torch.compile takes a minute or more; --no-compile leaves it out")
     with thread_count(threads):
         trial = Trial(variant, x, dtype=getattr(torch, dtype), device=device, train=train)
         trial.add(
@@ -161,7 +163,7 @@ def show_rows(title: str, rows: list[dict[str, Any]], caption: str) -> None:
             "against eager",
             "logits off float64 by",
             *(["gradients off by"] if training else []),
-            "fused kernels that ran",
+            "operators served by",
         ),
         [
             (
