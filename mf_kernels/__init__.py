@@ -8,18 +8,22 @@ from mf_kernels._registry import KernelFallbackWarning, KernelRecord, record_ker
 from mf_kernels._status import status
 from mf_kernels.ops.depthwise_conv2d import depthwise_conv2d
 from mf_kernels.ops.dynamic_relu import dynamic_relu
+from mf_kernels.ops.fold_batch_norm import fold_batch_norm
 from mf_kernels.ops.former_to_mobile import former_to_mobile
 from mf_kernels.ops.mobile_to_former import mobile_to_former
+from mf_kernels.ops.token_side import token_side
 
 __all__ = [
     "KernelFallbackWarning",
     "KernelRecord",
     "depthwise_conv2d",
     "dynamic_relu",
+    "fold_batch_norm",
     "former_to_mobile",
     "mobile_to_former",
     "record_kernels",
     "reference",
     "status",
+    "token_side",
     "use_backend",
 ]

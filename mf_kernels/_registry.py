@@ -125,6 +125,20 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype, too_many_tok
     return None
 
 
+def helper_missing(op: str, device: str) -> bool:
+    """Whether a helper (an operator that only rearranges PyTorch's own arithmetic) has to do without its kernel.
+
+    A helper falls back without a warning: it has no fused form to miss, only a slower equal.
+    """
+    requested = _last_requested if torch.compiler.is_compiling() else _requested.backend
+    return requested == "reference" or _helper_kernel_missing(op, device)
+
+
+@torch.compiler.assume_constant_result
+def _helper_kernel_missing(op: str, device: str) -> bool:
+    return _native.load(device) is not None
+
+
 def _triton_missing(op: str, device: str) -> str | None:
     # find_spec imports the parent and raises when there is none
     if any(importlib.util.find_spec(name) is None for name in ("mf_kernels.triton", f"mf_kernels.triton.{op}")):

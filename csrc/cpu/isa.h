@@ -17,8 +17,10 @@ enum class Kernel : int {
   dynamic_relu_bwd,
   depthwise_conv2d_fwd,
   depthwise_conv2d_bwd,
+  token_side,
+  fold_batch_norm,
 };
-constexpr int KERNEL_COUNT = 8;
+constexpr int KERNEL_COUNT = 10;
 
 // The best instruction set that was compiled and that this CPU has, or the one that was asked for
 // (environment variable MF_KERNELS_ISA, or mf_kernels_cpu_set_isa).

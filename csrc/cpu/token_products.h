@@ -97,18 +97,26 @@ void add_rows(A* tile,             // [E][P]
   for (; p < used; p += lanes) add_rows_block<A, M, 1>(tile + p, weights + p, rows, E, P);
 }
 
-template <class A, int M, int CHANNELS>
-MF_INLINE void add_tile_dots_block(A* sums, const A* weights, const A* tile, int64_t E, int64_t P, int64_t used) {
+// sums[m][c] += sum_p left[m][p] right[c][p] for p < used, a multiple of the lanes.
+// AHEAD: `right` goes on in memory where the next call will read; fetch that while this one computes.
+template <class A, int M, int CHANNELS, bool AHEAD = false>
+MF_INLINE void add_rows_dots(A* sums,          // [M][sums_stride]
+                             const A* left,    // [M][left_stride]
+                             const A* right,   // [CHANNELS][right_stride]
+                             int64_t sums_stride, int64_t left_stride, int64_t right_stride, int64_t used) {
   constexpr int lanes = LANES<A>;
   constexpr int count = M * CHANNELS, padded = (count + lanes - 1) / lanes * lanes;
   Vector<A> acc[padded] = {};
   for (int64_t p = 0; p < used; p += lanes) {
     Vector<A> x[CHANNELS];
 #pragma GCC unroll 4
-    for (int c = 0; c < CHANNELS; ++c) x[c] = load(tile + c * P + p);
+    for (int c = 0; c < CHANNELS; ++c) {
+      x[c] = load(right + c * right_stride + p);
+      if constexpr (AHEAD) __builtin_prefetch(right + (c + 2 * CHANNELS) * right_stride + p);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const Vector<A> weight = load(weights + m * P + p);
+      const Vector<A> weight = load(left + m * left_stride + p);
 #pragma GCC unroll 4
       for (int c = 0; c < CHANNELS; ++c) acc[m * CHANNELS + c] += weight * x[c];
     }
@@ -122,7 +130,7 @@ MF_INLINE void add_tile_dots_block(A* sums, const A* weights, const A* tile, int
     store(totals + i, sum_each<A>(group));
   }
   for (int m = 0; m < M; ++m) {
-    for (int c = 0; c < CHANNELS; ++c) sums[m * E + c] += totals[m * CHANNELS + c];
+    for (int c = 0; c < CHANNELS; ++c) sums[m * sums_stride + c] += totals[m * CHANNELS + c];
   }
 }
 
@@ -134,8 +142,8 @@ void add_tile_dots(A* sums,             // [M][E]
                    int64_t E, int64_t P, int64_t used) {
   constexpr int block = BLOCK<M>;
   int64_t c = 0;
-  for (; c + block <= E; c += block) add_tile_dots_block<A, M, block>(sums + c, weights, tile + c * P, E, P, used);
-  for (; c < E; ++c) add_tile_dots_block<A, M, 1>(sums + c, weights, tile + c * P, E, P, used);
+  for (; c + block <= E; c += block) add_rows_dots<A, M, block>(sums + c, weights, tile + c * P, E, P, P, used);
+  for (; c < E; ++c) add_rows_dots<A, M, 1>(sums + c, weights, tile + c * P, E, P, P, used);
 }
 
 }  // namespace mf::MF_ISA

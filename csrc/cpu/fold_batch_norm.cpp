@@ -1,0 +1,63 @@
+// Running statistics of a BatchNorm folded into the convolution before it, on CPU: one pass over the weight.
+//
+// Legend: O output channels, J = values of one filter (inputs per group * K * K).
+#define MF_OPERATOR_FILE "cpu/fold_batch_norm.cpp"
+#include "cpu/foreach_isa.h"
+
+#ifdef MF_ISA
+
+#include "cpu/simd.h"
+
+namespace mf::MF_ISA {
+
+// folded[o][j] = weight[o][j] * scale[o]
+template <class T>
+void scale_filters(T* folded, const T* weight, const T* scale, int64_t O, int64_t J) {
+  constexpr int lanes = LANES<T>;
+  for (int64_t o = 0; o < O; ++o, folded += J, weight += J) {
+    const Vector<T> factor = broadcast(scale[o]);
+    int64_t j = 0;
+    for (; j + lanes <= J; j += lanes) store(folded + j, load(weight + j) * factor);
+    if (j < J) store(folded + j, load(weight + j, int(J - j)) * factor, int(J - j));
+  }
+}
+
+}  // namespace mf::MF_ISA
+
+#else
+
+namespace mf {
+namespace {
+
+std::tuple<Tensor, Tensor> fold_batch_norm(Tensor weight_in, Tensor norm_weight_in, Tensor norm_bias_in, Tensor mean_in,
+                                           Tensor variance_in, double eps) {
+  const Tensor weight = as_contiguous(weight_in);  // (O, I, K, K)
+  const Tensor norm_weight = as_contiguous(norm_weight_in), norm_bias = as_contiguous(norm_bias_in);  // (O)
+  const Tensor mean = as_contiguous(mean_in), variance = as_contiguous(variance_in);                  // (O)
+  const int64_t O = weight.size(0), J = weight.size(1) * weight.size(2) * weight.size(3);
+  const Tensor folded = new_tensor({O, weight.size(1), weight.size(2), weight.size(3)}, weight.scalar_type());
+  const Tensor bias = new_tensor({O}, weight.scalar_type());
+  count_served(Kernel::fold_batch_norm);
+  with_dtype(weight.scalar_type(), [&]<class T>() {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      STD_TORCH_CHECK(false, "fold_batch_norm: expected float32 or float64");
+    } else {
+      const T *gamma = data<T>(norm_weight), *beta = data<T>(norm_bias), *mu = data<T>(mean), *var = data<T>(variance);
+      T* bias_data = mutable_data<T>(bias);
+      Scratch<T> scale(O);
+      for (int64_t o = 0; o < O; ++o) {
+        scale[o] = gamma[o] / std::sqrt(var[o] + T(eps));
+        bias_data[o] = beta[o] - mu[o] * scale[o];
+      }
+      MF_CALL(scale_filters<T>(mutable_data<T>(folded), data<T>(weight), scale, O, J));
+    }
+  });
+  return {folded, bias};
+}
+
+}  // namespace
+}  // namespace mf
+
+STABLE_TORCH_LIBRARY_IMPL(mf_kernels, CPU, m) { m.impl("fold_batch_norm.native", TORCH_BOX(&mf::fold_batch_norm)); }
+
+#endif

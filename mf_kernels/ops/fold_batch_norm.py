@@ -1,0 +1,55 @@
+"""BatchNorm in evaluation mode, folded into the convolution before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mf_kernels import _registry
+from mf_kernels.ops import _library
+
+NAME = "fold_batch_norm"
+
+
+def fold_batch_norm(
+    weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The weight and bias of one convolution that equals convolution and BatchNorm with running statistics.
+
+        scale[o] = norm_weight[o] / sqrt(variance[o] + eps)
+        weight'[o] = weight[o] scale[o],  bias'[o] = norm_bias[o] - mean[o] scale[o]
+
+    =================  ======================  ===============================================================
+    argument           shape                   dtype
+    =================  ======================  ===============================================================
+    weight             (O, I, K, K)            floating point; the kernel serves float32 and float64 on CPU
+    the four others    (O,)                    weight's
+    returns            (O, I, K, K), (O,)      weight's
+    =================  ======================  ===============================================================
+
+    Differentiable in everything: with gradients it is these equations in PyTorch, else one kernel on CPU.
+    """
+    if (
+        torch.is_grad_enabled()
+        or weight.device.type != "cpu"
+        or weight.dtype not in (torch.float32, torch.float64)
+        or norm_weight.dtype != weight.dtype
+        or _registry.helper_missing(NAME, "cpu")
+    ):
+        scale = norm_weight * torch.rsqrt(variance + eps)
+        return weight * scale[:, None, None, None], norm_bias - mean * scale
+    return _FORWARD["native"](weight, norm_weight, norm_bias, mean, variance, eps)
+
+
+def _fake(
+    weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format), torch.empty_like(norm_bias)
+
+
+_FORWARD = _library.define(
+    NAME,
+    "(Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor variance, float eps)"
+    " -> (Tensor weight_out, Tensor bias_out)",
+    _fake,
+)

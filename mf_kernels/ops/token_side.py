@@ -1,0 +1,97 @@
+"""What a block computes on its tokens alone, in one call: for inference, where launches and cold weights are the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mf_kernels import _checks, _registry, reference
+from mf_kernels.ops import _library
+
+NAME = "token_side"
+MAX_ROWS = 64
+LAYERS_BEFORE_SLOPES = 11
+
+
+def token_side(
+    tokens: Tensor, gathered: Tensor, parameters: Sequence[Tensor], *, num_heads: int = 4, eps: float = 1e-5
+) -> list[Tensor]:
+    """Put what the bridge gathered into the tokens, run the Former, and make what the block needs of the new tokens.
+
+        t = LN(tokens + bridge(gathered 2 hsig(gate(tokens))))
+        t = LN(t + mix(attention(query(t), t, t)))
+        t = LN(t + contract(gelu(expand(t))))
+        returns [t, key(t), value(t)] and for every dynamic ReLU expand_i(relu(reduce_i(t[:, 0])))
+
+    ==========  =====================================  =========================================================
+    argument    shape                                  dtype
+    ==========  =====================================  =========================================================
+    tokens      (B, M, D)                              any; the kernel serves float32 on CPU
+    gathered    (B, M, C), of `mobile_to_former`       tokens'
+    parameters  weight and bias of, in this order:     tokens'
+                gate (C,D), bridge (D,C), LN (D),
+                query (D,D), mix (D,D), LN (D),
+                expand (2D,D), contract (D,2D), LN (D),
+                key (C',D), value (C',D), and for each
+                dynamic ReLU reduce (D/4,D), expand
+                (2K,D/4)
+    returns     (B,M,D), (B,M,C'), (B,M,C'), (B,2K)..  tokens'
+    ==========  =====================================  =========================================================
+
+    One call in place of some 45, and every weight read once as it lies: for the few rows of a small batch, packing a weight
+    costs more than multiplying by it. Serves B*M up to 64, D a multiple of 16 * `num_heads`, no gradient; everything
+    else is these equations in PyTorch, differentiable.
+    Source: Mobile-Former, CVPR 2022, section 3.2 and figure 3, with the published code's gate and projections.
+    """
+    batch, num_tokens, width = tokens.shape
+    fits = (
+        not torch.is_grad_enabled()
+        and tokens.device.type == "cpu"
+        and tokens.dtype == gathered.dtype == parameters[0].dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and batch * num_tokens <= MAX_ROWS
+        and num_tokens <= _registry.MAX_TOKENS
+        and width % (16 * num_heads) == 0
+    )
+    if not fits or _registry.helper_missing(NAME, "cpu"):
+        return _token_side_in_pytorch(tokens, gathered, parameters, num_heads, eps)
+    if len(parameters) < 2 * LAYERS_BEFORE_SLOPES or len(parameters) % 4 != 2:
+        raise ValueError(f"{NAME}: parameters: expected 22 tensors and 4 for each dynamic ReLU, got {len(parameters)}")
+    _checks.companion(NAME, "gathered", gathered, tokens, (batch, num_tokens, parameters[0].shape[0]), "(B, M, C)")
+    return _FORWARD["native"](tokens, gathered, parameters, num_heads, eps)
+
+
+def _token_side_in_pytorch(
+    tokens: Tensor, gathered: Tensor, parameters: Sequence[Tensor], num_heads: int, eps: float
+) -> list[Tensor]:
+    layers = [(parameters[i], parameters[i + 1]) for i in range(0, len(parameters), 2)]
+    gate, bridge, bridge_norm, query, mix, attention_norm, expand, contract, ffn_norm, key, value = layers[
+        :LAYERS_BEFORE_SLOPES
+    ]
+    width = (tokens.shape[-1],)
+    factor = (F.linear(tokens, *gate) + 3).clamp(0, 6) / 3
+    t = F.layer_norm(tokens + F.linear(gathered * factor, *bridge), width, *bridge_norm, eps)
+    attended = reference.mobile_to_former(t.transpose(1, 2).unsqueeze(2), F.linear(t, *query), num_heads=num_heads)
+    t = F.layer_norm(t + F.linear(attended, *mix), width, *attention_norm, eps)
+    t = F.layer_norm(t + F.linear(F.gelu(F.linear(t, *expand)), *contract), width, *ffn_norm, eps)
+    slopes = layers[LAYERS_BEFORE_SLOPES:]
+    thetas = [
+        F.linear(F.relu(F.linear(t[:, 0], *reduce)), *widen)
+        for reduce, widen in zip(slopes[::2], slopes[1::2], strict=True)
+    ]
+    return [t, F.linear(t, *key), F.linear(t, *value), *thetas]
+
+
+def _fake(tokens: Tensor, gathered: Tensor, parameters: Sequence[Tensor], num_heads: int, eps: float) -> list[Tensor]:
+    batch, num_tokens, _ = tokens.shape
+    outputs = [tokens.new_empty(tokens.shape)]
+    outputs += [tokens.new_empty((batch, num_tokens, parameters[i].shape[0])) for i in (18, 20)]
+    return outputs + [tokens.new_empty((batch, parameters[i].shape[0])) for i in range(24, len(parameters), 4)]
+
+
+_FORWARD = _library.define(
+    NAME, "(Tensor tokens, Tensor gathered, Tensor[] parameters, int num_heads, float eps) -> Tensor[]", _fake
+)
