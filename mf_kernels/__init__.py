@@ -7,7 +7,8 @@ from mf_kernels import reference
 from mf_kernels._registry import KernelFallbackWarning, KernelRecord, record_kernels, use_backend
 from mf_kernels._status import status
 from mf_kernels.ops.depthwise_conv2d import depthwise_conv2d
-from mf_kernels.ops.dynamic_relu import dynamic_relu
+from mf_kernels.ops.depthwise_dynamic_relu import depthwise_dynamic_relu
+from mf_kernels.ops.dynamic_relu import dynamic_relu, dynamic_relu_
 from mf_kernels.ops.fold_batch_norm import fold_batch_norm
 from mf_kernels.ops.former_to_mobile import former_to_mobile
 from mf_kernels.ops.mobile_to_former import mobile_to_former
@@ -17,7 +18,9 @@ __all__ = [
     "KernelFallbackWarning",
     "KernelRecord",
     "depthwise_conv2d",
+    "depthwise_dynamic_relu",
     "dynamic_relu",
+    "dynamic_relu_",
     "fold_batch_norm",
     "former_to_mobile",
     "mobile_to_former",

@@ -11,7 +11,7 @@ namespace mf {
 
 constexpr double LOG2_E = 1.4426950408889634074;
 
-enum class Activation { identity, relu6, hardswish };
+enum class Activation { identity, relu6, hardswish, dynamic_relu };
 
 // clamp(t + 3, 0, 6) / 6, written so that NaN stays NaN as in torch.clamp
 template <class A>

@@ -5,6 +5,7 @@
 // the input rows it needs in a scratch that holds a vector of channels at every column.
 #define MF_OPERATOR_FILE "cpu/depthwise_conv2d.cpp"
 #include "cpu/depthwise_shape.h"
+#include "cpu/slopes.h"
 #include "cpu/foreach_isa.h"
 
 #ifdef MF_ISA
@@ -15,23 +16,39 @@
 
 namespace mf::MF_ISA {
 
+// The slopes of a dynamic ReLU, one of each a lane; unused by the other activations
+template <class A>
+struct Slopes {
+  Vector<A> first, second;
+};
+
 template <class A, Activation ACTIVATION>
-MF_INLINE Vector<A> activate(Vector<A> z) {  // the bound first and z second, so that NaN stays
+MF_INLINE Vector<A> activate(Vector<A> z, const Slopes<A>& slopes) {  // bounds first and z second, so that NaN stays
   const Vector<A> zero{}, one = broadcast(A(1)), six = broadcast(A(6));
   if constexpr (ACTIVATION == Activation::relu6) return maximum<A>(zero, minimum<A>(six, z));
   if constexpr (ACTIVATION == Activation::hardswish) return z * maximum<A>(zero, minimum<A>(one, z * A(1.0 / 6) + A(0.5)));
+  if constexpr (ACTIVATION == Activation::dynamic_relu) return maximum_or_nan<A>(slopes.first * z, slopes.second * z);
   return z;
+}
+
+// Calls f.template operator()<ACTIVATION>()
+template <class F>
+MF_INLINE void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::relu6: return f.template operator()<Activation::relu6>();
+    case Activation::hardswish: return f.template operator()<Activation::hardswish>();
+    case Activation::dynamic_relu: return f.template operator()<Activation::dynamic_relu>();
+    default: return f.template operator()<Activation::identity>();
+  }
 }
 
 // row[i] = activation(row[i]) for `count` vectors
 template <class A>
-void activate_row(A* row, int64_t count, Activation activation) {
-  constexpr int lanes = LANES<A>;
-  if (activation == Activation::relu6) {
-    for (int64_t i = 0; i < count * lanes; i += lanes) store(row + i, activate<A, Activation::relu6>(load(row + i)));
-  } else if (activation == Activation::hardswish) {
-    for (int64_t i = 0; i < count * lanes; i += lanes) store(row + i, activate<A, Activation::hardswish>(load(row + i)));
-  }
+void activate_row(A* row, int64_t count, Activation activation, const Slopes<A>& slopes) {
+  if (activation == Activation::identity) return;
+  with_activation(activation, [&]<Activation ACTIVATION>() {
+    for (int64_t i = 0; i < count * LANES<A>; i += LANES<A>) store(row + i, activate<A, ACTIVATION>(load(row + i), slopes));
+  });
 }
 
 // Slope of the activation, as torch: 0 at both corners of relu6, and of hardswish outside (-3, 3)
@@ -96,7 +113,7 @@ void convolve_into(A* out,                    // [ROWS][width][LANES]
 template <int K, int S, Activation ACTIVATION>
 void depthwise_conv2d_direct(float* y, const float* x,  // one sample
                              const Vector<float>* weight, Vector<float> bias, const DepthwiseShape& shape, int64_t o,
-                             int64_t begin, int64_t end) {
+                             int64_t begin, int64_t end, const Slopes<float>& slopes) {
   alignas(Vector<float>) const float zeros[LANES<float>] = {};
   const int64_t C = shape.C, next_row = shape.OW * C;
   const auto make_rows = [&]<int ROWS>(int64_t h) {
@@ -108,7 +125,7 @@ void depthwise_conv2d_direct(float* y, const float* x,  // one sample
     }
     float* target = y + h * next_row + o;
     convolve_rows<float, K, S, ROWS, true>(rows, weight, bias, shape.OW, shape.W, [&](int r, int64_t w, Vector<float> z) {
-      store(target + r * next_row + w * C, activate<float, ACTIVATION>(z));
+      store(target + r * next_row + w * C, activate<float, ACTIVATION>(z, slopes));
     });
   };
   constexpr int rows_at_once = K == 3 && S == 1 ? 2 : 1;
@@ -122,7 +139,7 @@ template <class T, int K, int S>
 void depthwise_conv2d_strip(T* y,                         // one sample
                             Accumulator<T>* out,          // [2][OW][LANES]
                             RowRing<T> ring, const Vector<Accumulator<T>>* weight, Vector<Accumulator<T>> bias,
-                            int64_t begin, int64_t end, Activation activation) {
+                            int64_t begin, int64_t end, Activation activation, const Slopes<Accumulator<T>>& slopes) {
   using A = Accumulator<T>;
   const DepthwiseShape& shape = ring.shape;
   alignas(Vector<A>) const A zeros[LANES<A>] = {};
@@ -135,7 +152,7 @@ void depthwise_conv2d_strip(T* y,                         // one sample
       rows[i] = at < 0 || at >= shape.H ? Row<A>{zeros, 0} : ring.row(at);
     }
     convolve_into<A, K, S, ROWS>(out, rows, weight, bias, shape.OW);
-    activate_row<A>(out, ROWS * shape.OW, activation);
+    activate_row<A>(out, ROWS * shape.OW, activation, slopes);
     for (int r = 0; r < ROWS; ++r) {
       store_row<T>(y, out + r * shape.OW * LANES<A>, h + r, shape.OW, shape.O, shape.OH, ring.block.o, ring.block.used, ring.channels_last);
     }
@@ -148,8 +165,10 @@ void depthwise_conv2d_strip(T* y,                         // one sample
 
 // Tasks [begin, end): task i is `STRIP` output rows of one block of one sample
 template <class T, int K, int S>
-void depthwise_conv2d_tasks(T* y, const T* x, const T* weight_in, const T* bias_in, const DepthwiseShape& shape,
-                            int64_t begin, int64_t end, Activation activation, bool channels_last) {
+void depthwise_conv2d_tasks(T* y, const T* x, const T* weight_in, const T* bias_in,
+                            const Accumulator<T>* slopes_in,  // [2][B][O] of a dynamic ReLU, else null
+                            const DepthwiseShape& shape, int64_t begin, int64_t end, Activation activation,
+                            bool channels_last) {
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;
   constexpr int64_t held = K + S;  // input rows that two output rows read
@@ -168,24 +187,22 @@ void depthwise_conv2d_tasks(T* y, const T* x, const T* weight_in, const T* bias_
     Vector<A> weight[K * K], bias{};
     load_weight<T>(weight, weight_in, block, K * K);
     if (bias_in != nullptr) bias = load(bias_in + o, block.used);
+    Slopes<A> slopes{};
+    if (slopes_in != nullptr) {
+      slopes = {load(slopes_in + b * shape.O + o, block.used), load(slopes_in + (shape.B + b) * shape.O + o, block.used)};
+    }
 
     if constexpr (std::is_same_v<T, float>) {
       if (channels_last && shape.mult == 1 && block.used == lanes) {
-        switch (activation) {
-          case Activation::hardswish:
-            depthwise_conv2d_direct<K, S, Activation::hardswish>(y_sample, sample, weight, bias, shape, o, first, last);
-            break;
-          case Activation::relu6:
-            depthwise_conv2d_direct<K, S, Activation::relu6>(y_sample, sample, weight, bias, shape, o, first, last);
-            break;
-          default: depthwise_conv2d_direct<K, S, Activation::identity>(y_sample, sample, weight, bias, shape, o, first, last);
-        }
+        with_activation(activation, [&]<Activation ACTIVATION>() {
+          depthwise_conv2d_direct<K, S, ACTIVATION>(y_sample, sample, weight, bias, shape, o, first, last, slopes);
+        });
         continue;
       }
     }
     const int64_t from = first * S - K / 2;
     const RowRing<T> ring{shape, sample, block, channels_last, held, from < 0 ? 0 : from, memory};
-    depthwise_conv2d_strip<T, K, S>(y_sample, out, ring, weight, bias, first, last, activation);
+    depthwise_conv2d_strip<T, K, S>(y_sample, out, ring, weight, bias, first, last, activation, slopes);
   }
 }
 
@@ -337,33 +354,51 @@ void with_window(const DepthwiseShape& shape, const F& f) {
   return shape.S == 1 ? f.template operator()<5, 1>() : f.template operator()<5, 2>();
 }
 
-Tensor depthwise_conv2d_fwd(Tensor x_in, Tensor weight_in, std::optional<Tensor> bias_in, int64_t stride, std::string name) {
+Tensor forward(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
+               const std::optional<Tensor>& theta_in, int64_t stride, Activation activation) {
   const FeatureMap x = feature_map(x_in);
-  const Tensor weight = as_contiguous(weight_in);  // (O, 1, K, K)
-  const std::optional<Tensor> bias = bias_in ? std::optional(as_contiguous(*bias_in)) : std::nullopt;  // (O)
+  const Tensor weight = as_contiguous(weight_in);                     // (O, 1, K, K)
+  const Tensor bias = bias_in ? as_contiguous(*bias_in) : weight;     // (O), else not read
+  const Tensor theta = theta_in ? as_contiguous(*theta_in) : weight;  // (B, 2*O), else not read
   const DepthwiseShape shape(x, weight, stride);
   const FeatureMap y = new_map(x, shape.O, shape.OH, shape.OW);
-  const Activation activation = activation_of(name);
-  count_served(Kernel::depthwise_conv2d_fwd);
   with_dtype(x_in.scalar_type(), [&]<class T>() {
-    const T *x_data = data<T>(x.tensor), *weight_data = data<T>(weight), *bias_data = bias ? data<T>(*bias) : nullptr;
+    using A = Accumulator<T>;
+    const T *x_data = data<T>(x.tensor), *weight_data = data<T>(weight), *bias_data = bias_in ? data<T>(bias) : nullptr;
     T* y_data = mutable_data<T>(y.tensor);
+    Scratch<A> slope_memory(theta_in ? 2 * shape.B * shape.O : 0);
+    const A* slopes = nullptr;
+    if (theta_in) {
+      take_slopes<T>(slope_memory, data<T>(theta), shape.B, shape.O);
+      slopes = slope_memory;
+    }
     int64_t tasks, channels;
     MF_CALL(depthwise_conv2d_steps<T>(tasks, channels, shape));
-    torch::stable::parallel_for(0, x.batch * tasks, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, shape.B * tasks, 1, [&](int64_t begin, int64_t end) {
       with_window(shape, [&]<int K, int S>() {
-        MF_CALL(depthwise_conv2d_tasks<T, K, S>(y_data, x_data, weight_data, bias_data, shape, begin, end, activation, x.channels_last));
+        MF_CALL(depthwise_conv2d_tasks<T, K, S>(y_data, x_data, weight_data, bias_data, slopes, shape, begin, end, activation,
+                                                x.channels_last));
       });
     });
   });
   return y.tensor;
 }
 
+Tensor depthwise_conv2d_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t stride, std::string activation) {
+  count_served(Kernel::depthwise_conv2d_fwd);
+  return forward(x, weight, bias, std::nullopt, stride, activation_of(activation));
+}
+
+Tensor depthwise_dynamic_relu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor theta, int64_t stride) {
+  count_served(Kernel::depthwise_dynamic_relu);
+  return forward(x, weight, bias, theta, stride, Activation::dynamic_relu);
+}
+
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_in, Tensor weight_in,
                                                         std::optional<Tensor> bias_in, int64_t stride, std::string name) {
   const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
   const Tensor weight = as_contiguous(weight_in);  // (O, 1, K, K)
-  const std::optional<Tensor> bias = bias_in ? std::optional(as_contiguous(*bias_in)) : std::nullopt;  // (O)
+  const Tensor bias = bias_in ? as_contiguous(*bias_in) : weight;  // (O), else not read
   const DepthwiseShape shape(x, weight, stride);
   const FeatureMap d_x = new_map(x, shape.C, shape.H, shape.W);
   const Tensor d_weight = new_tensor({shape.O, 1, shape.K, shape.K}, weight.scalar_type());
@@ -373,7 +408,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_
   with_dtype(x_in.scalar_type(), [&]<class T>() {
     using A = Accumulator<T>;
     const T *x_data = data<T>(x.tensor), *d_y_data = data<T>(d_y.tensor), *weight_data = data<T>(weight);
-    const T* bias_data = bias ? data<T>(*bias) : nullptr;
+    const T* bias_data = bias_in ? data<T>(bias) : nullptr;
     T *d_x_data = mutable_data<T>(d_x.tensor), *d_weight_data = mutable_data<T>(d_weight), *d_bias_data = mutable_data<T>(d_bias);
     int64_t tasks, channels;
     MF_CALL(depthwise_conv2d_steps<T>(tasks, channels, shape));
@@ -407,6 +442,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_
 
 STABLE_TORCH_LIBRARY_IMPL(mf_kernels, CPU, m) {
   m.impl("depthwise_conv2d_fwd.native", TORCH_BOX(&mf::depthwise_conv2d_fwd));
+  m.impl("depthwise_dynamic_relu.native", TORCH_BOX(&mf::depthwise_dynamic_relu));
   m.impl("depthwise_conv2d_bwd.native", TORCH_BOX(&mf::depthwise_conv2d_bwd));
 }
 

@@ -5,14 +5,14 @@
 
 namespace mf {
 
-// Legend: C input and O = C*mult output channels, H W input and OH OW output sides, K kernel side, S stride.
+// Legend: B batch, C input and O = C*mult output channels, H W input and OH OW output sides, K kernel side, S stride.
 struct DepthwiseShape {
   static constexpr int64_t STRIP = 32;  // output rows of one forward task
   static constexpr int64_t STRIP_BYTES = 512 * 1024;  // what a backward strip may keep in the second-level cache
-  int64_t C, O, mult, H, W, OH, OW, K, S;
+  int64_t B, C, O, mult, H, W, OH, OW, K, S;
 
   DepthwiseShape(const FeatureMap& x, const Tensor& weight, int64_t stride)
-      : C(x.channels), O(weight.size(0)), mult(O / C), H(x.height), W(x.width), OH((H - 1) / stride + 1),
+      : B(x.batch), C(x.channels), O(weight.size(0)), mult(O / C), H(x.height), W(x.width), OH((H - 1) / stride + 1),
         OW((W - 1) / stride + 1), K(weight.size(2)), S(stride) {}
 
   int64_t forward_strips() const { return ceil_div(OH, STRIP); }

@@ -3,6 +3,7 @@
 //
 // Legend: B batch, C channels, L = H*W positions, T stored type, A accumulator.
 #define MF_OPERATOR_FILE "cpu/dynamic_relu.cpp"
+#include "cpu/slopes.h"
 #include "cpu/foreach_isa.h"
 
 #ifdef MF_ISA
@@ -10,12 +11,6 @@
 #include "cpu/simd.h"
 
 namespace mf::MF_ISA {
-
-// The larger, NaN where either is one, as torch.maximum
-template <class A>
-MF_INLINE Vector<A> maximum_or_nan(Vector<A> a, Vector<A> b) {
-  return (a > b) | (a != a) ? a : b;
-}
 
 template <class T>
 MF_INLINE void dynamic_relu_vector(T* y, const T* x, Vector<Accumulator<T>> slope1, Vector<Accumulator<T>> slope2, int lanes) {
@@ -121,24 +116,10 @@ namespace {
 
 constexpr int64_t GRAIN = 16384;  // values that are worth a thread
 
-// slopes[0][b][c] = a1, slopes[1][b][c] = a2
-template <class T>
-void take_slopes(Accumulator<T>* slopes, const T* theta, int64_t B, int64_t C) {
-  for (int64_t b = 0; b < B; ++b) {
-    for (int64_t c = 0; c < C; ++c) {
-      slopes[b * C + c] = dynamic_relu_slope1(to_accumulator(theta[b * 2 * C + c]));
-      slopes[(B + b) * C + c] = dynamic_relu_slope2(to_accumulator(theta[b * 2 * C + C + c]));
-    }
-  }
-}
-
-Tensor dynamic_relu_fwd(Tensor x_in, Tensor theta_in) {
-  const FeatureMap x = feature_map(x_in);
-  const Tensor theta = as_contiguous(theta_in);  // (B, 2C)
-  const FeatureMap y = new_map(x, x.channels, x.height, x.width);
+void dynamic_relu_into(const FeatureMap& y, const FeatureMap& x, const Tensor& theta) {  // theta (B, 2C)
   const int64_t B = x.batch, C = x.channels, L = x.positions();
   count_served(Kernel::dynamic_relu_fwd);
-  with_dtype(x_in.scalar_type(), [&]<class T>() {
+  with_dtype(x.tensor.scalar_type(), [&]<class T>() {
     using A = Accumulator<T>;
     Scratch<A> slopes(2 * B * C);
     take_slopes<T>(slopes, data<T>(theta), B, C);
@@ -161,7 +142,18 @@ Tensor dynamic_relu_fwd(Tensor x_in, Tensor theta_in) {
       });
     }
   });
+}
+
+Tensor dynamic_relu_fwd(Tensor x_in, Tensor theta) {
+  const FeatureMap x = feature_map(x_in), y = new_map(x, x.channels, x.height, x.width);
+  dynamic_relu_into(y, x, as_contiguous(theta));
   return y.tensor;
+}
+
+// x = dynamic_relu(x): x is contiguous or channels_last, the public function sees to it
+void dynamic_relu_in_place(Tensor x_in, Tensor theta) {
+  const FeatureMap x = feature_map(x_in);
+  dynamic_relu_into(x, x, as_contiguous(theta));
 }
 
 std::tuple<Tensor, Tensor> dynamic_relu_bwd(Tensor d_y_in, Tensor x_in, Tensor theta_in) {
@@ -216,6 +208,7 @@ std::tuple<Tensor, Tensor> dynamic_relu_bwd(Tensor d_y_in, Tensor x_in, Tensor t
 
 STABLE_TORCH_LIBRARY_IMPL(mf_kernels, CPU, m) {
   m.impl("dynamic_relu_fwd.native", TORCH_BOX(&mf::dynamic_relu_fwd));
+  m.impl("dynamic_relu_.native", TORCH_BOX(&mf::dynamic_relu_in_place));
   m.impl("dynamic_relu_bwd.native", TORCH_BOX(&mf::dynamic_relu_bwd));
 }
 

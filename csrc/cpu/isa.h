@@ -17,10 +17,11 @@ enum class Kernel : int {
   dynamic_relu_bwd,
   depthwise_conv2d_fwd,
   depthwise_conv2d_bwd,
+  depthwise_dynamic_relu,
   token_side,
   fold_batch_norm,
 };
-constexpr int KERNEL_COUNT = 10;
+constexpr int KERNEL_COUNT = 11;
 
 // The best instruction set that was compiled and that this CPU has, or the one that was asked for
 // (environment variable MF_KERNELS_ISA, or mf_kernels_cpu_set_isa).

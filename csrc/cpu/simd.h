@@ -38,6 +38,12 @@ MF_INLINE Vector<A> maximum(Vector<A> a, Vector<A> b) {
   return a > b ? a : b;
 }
 
+// The larger, NaN where either is one, as torch.maximum
+template <class A>
+MF_INLINE Vector<A> maximum_or_nan(Vector<A> a, Vector<A> b) {
+  return (a > b) | (a != a) ? a : b;
+}
+
 template <class A>
 MF_INLINE Vector<A> minimum(Vector<A> a, Vector<A> b) {
   return a < b ? a : b;

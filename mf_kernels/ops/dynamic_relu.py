@@ -45,6 +45,22 @@ def dynamic_relu(x: Tensor, theta: Tensor) -> Tensor:
     return _FORWARD[backend](x, theta)
 
 
+def dynamic_relu_(x: Tensor, theta: Tensor) -> Tensor:
+    """`dynamic_relu(x, theta)` for a caller who is done with x: x may hold the result afterwards, or anything.
+
+    Written over x where a kernel serves, no gradient is needed and x lies contiguous or channels_last; else a new map.
+    Always use the returned map. Shapes, dtypes and errors as `dynamic_relu`.
+    """
+    dense = x.dim() == 4 and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+    fits = dense and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if not fits or x.dtype == torch.float16 or _registry.helper_missing(NAME, "cpu"):
+        return dynamic_relu(x, theta)
+    _checks.feature_map(NAME, x)
+    _checks.companion(NAME, "theta", theta, x, (x.shape[0], 2 * x.shape[1]), "(B, 2C)")
+    _IN_PLACE["native"](x, theta)
+    return x
+
+
 def _forward_fake(x: Tensor, theta: Tensor) -> Tensor:
     return _library.empty_map(x, x.shape[1], x.shape[2], x.shape[3])
 
@@ -55,6 +71,7 @@ def _backward_fake(d_y: Tensor, x: Tensor, theta: Tensor) -> tuple[Tensor, Tenso
 
 
 _FORWARD = _library.define(f"{NAME}_fwd", "(Tensor x, Tensor theta) -> Tensor", _forward_fake)
+_IN_PLACE = _library.define(f"{NAME}_", "(Tensor(a!) x, Tensor theta) -> ()", lambda x, theta: None)
 _BACKWARD = _library.define(
     f"{NAME}_bwd", "(Tensor d_y, Tensor x, Tensor theta) -> (Tensor d_x, Tensor d_theta)", _backward_fake
 )

@@ -1,0 +1,50 @@
+"""Depthwise convolution with a dynamic ReLU in its epilogue: for inference, where no norm stands between the two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mf_kernels import _checks, _registry
+from mf_kernels.ops import _library
+from mf_kernels.ops.depthwise_conv2d import depthwise_conv2d
+from mf_kernels.ops.dynamic_relu import dynamic_relu
+
+NAME = "depthwise_dynamic_relu"
+
+
+def depthwise_dynamic_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor, *, stride: int = 1
+) -> Tensor:
+    """dynamic_relu(depthwise_conv2d(x, weight, bias, activation="identity"), theta), the map written once.
+
+    ========  ============================================  ====================================================
+    argument  shape                                         dtype and layout
+    ========  ============================================  ====================================================
+    x         (B, C, H, W)                                  floating point; contiguous or channels_last, no copy
+    weight    (C*mult, 1, K, K), K of 3 or 5                x's dtype
+    bias      (C*mult,) or None                             x's dtype
+    theta     (B, 2*C*mult), before the hard sigmoid        x's dtype
+    returns   (B, C*mult, ceil(H/stride), ceil(W/stride))   x's dtype and layout
+    ========  ============================================  ====================================================
+
+    One kernel on CPU when no gradient is needed, else the two operators one after the other; differentiable through them.
+    Raises what they raise. Source: as theirs; with running statistics folded into weight and bias this is the
+    convolution, BatchNorm and activation of Mobile-Former's blocks.
+    """
+    fits = x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if not fits or _registry.helper_missing(NAME, "cpu") or x.dtype == torch.float16:
+        y = depthwise_conv2d(x, weight, bias, stride=stride, activation="identity")
+        return dynamic_relu(y, theta)
+    _checks.feature_map(NAME, x)
+    _checks.depthwise(NAME, x, weight, bias, stride, "identity")
+    _checks.companion(NAME, "theta", theta, x, (x.shape[0], 2 * weight.shape[0]), "(B, 2*C*mult)")
+    return _FORWARD["native"](x, weight, bias, theta, stride)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor, stride: int) -> Tensor:
+    height, width = ((side - 1) // stride + 1 for side in x.shape[2:])
+    return _library.empty_map(x, weight.shape[0], height, width)
+
+
+_FORWARD = _library.define(NAME, "(Tensor x, Tensor weight, Tensor? bias, Tensor theta, int stride) -> Tensor", _fake)
