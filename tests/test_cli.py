@@ -269,6 +269,30 @@ def test_predict_labels(folder: Path, tmp_path: Path) -> None:
     assert "none.txt" in failure["error"]
 
 
+def test_predict_as_a_table_without_names(folder: Path, tmp_path: Path) -> None:
+    weights, image = folder / "plain.safetensors", folder / "images" / "b.png"
+    told = run("predict", image, "--weights", weights, "--size", 64, "--top-k", 1).stdout
+    index, probability = expected(weights, image)[0]
+    assert f" {index} " in told
+    assert f"{100 * probability:.2f} %" in told
+    result = run("predict", tmp_path / "none.png", "--weights", weights, code=1)
+    assert result.stdout == ""
+    assert "none.png: no such file" in result.stderr
+
+
+def test_predict_refuses_weights_no_image_fits(folder: Path, tmp_path: Path) -> None:
+    image = folder / "images" / "b.png"
+    five = mobileformer.Model("26m", num_classes=2, in_chans=5)
+    mobileformer.save_weights(five, tmp_path / "five.safetensors", mean=[0.5] * 5, std=[0.5] * 5)
+    failure = run_json("predict", image, "--weights", tmp_path / "five.safetensors", code=1)
+    assert "takes 5 channels" in failure["error"]
+    broken = mobileformer.Model("26m", num_classes=2)
+    broken.head.classifier.bias.data[0] = float("nan")
+    mobileformer.save_weights(broken, tmp_path / "nan.safetensors")
+    failure = run_json("predict", image, "--weights", tmp_path / "nan.safetensors", code=1)
+    assert "not finite: head.classifier.bias" in failure["error"]
+
+
 def test_predict_names_bad_weights(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("hello")
     for name in ("none.safetensors", "text.pth"):
@@ -483,6 +507,13 @@ def test_demo_shows_agreement_and_no_classes() -> None:
     for words in ("random", "no class", "fused inference", "float64", "chelsea.jpg"):
         assert words in told
     assert "no such file" in run_json("demo", "missing.jpg", "--variant", "26m", code=1)["error"]
+
+
+def test_demo_fails_when_paths_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(contenders.LOGIT_BOUNDS, torch.float64, 0.0)
+    result = run("demo", "--variant", "26m", "--repeats", 1, code=1)
+    assert "error: float64 fused: logits are off" in result.stderr
+    assert "Off in float64: see errors" in " ".join(result.stdout.split())
 
 
 # measuring

@@ -79,7 +79,7 @@ def _show(report: dict[str, Any]) -> None:
     show_rows(
         "float32",
         report["contenders"],
-        caption=f"Largest logit: {report['largest_logit']:.2f}. The same in float64: {double}.\n"
+        caption=f"Largest logit: {report['largest_logit']:.2f}. Off in float64: {double or 'see errors'}.\n"
         + machine_line(report["machine"]),
     )
     for row in report["contenders_float64"]:
