@@ -1,0 +1,192 @@
+"""`mobileformer bench` and `demo`, and the measuring below them."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_support import make_files, run, run_json
+
+import mobileformer
+from mobileformer.cli import contenders
+from mobileformer.data import sample_photo
+from mobileformer.measure import difference, interleaved, lively_weights_
+
+# Without the compiled library the commands run on the reference and say so; the rest is the same.
+pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("cli"))
+
+
+SMALL = ("--variant", "26m", "--size", "32", "--repeats", "2")
+
+
+def test_bench_inference(folder: Path) -> None:
+    image = folder / "images" / "a.jpg"
+    report = run_json("bench", *SMALL, "--no-compile", "--batch", 2, "--image", image)
+    rows = {row["name"]: row for row in report["contenders"]}
+    assert list(rows) == ["eager", "eager channels_last", "fused", "fused inference"]
+    faster = min(rows["eager"]["min_ms"], rows["eager channels_last"]["min_ms"])
+    for row in rows.values():
+        assert row["error"] is None
+        assert 0 < row["min_ms"] <= row["median_ms"]
+        assert row["speedup"] == pytest.approx(faster / row["min_ms"])
+        assert row["relative_logit_difference"] < 3e-5
+        assert row["logit_difference"] > 0 or row["relative_logit_difference"] == 0
+    assert rows["eager"]["kernels"] == {}
+    assert sum(rows["fused"]["kernels"].values()) > 20
+    assert report["machine"]["threads"] == 1
+    assert report["image"] == str(image)
+
+
+def test_bench_training() -> None:
+    report = run_json("bench", *SMALL, "--no-compile", "--train", "--batch", 8)
+    assert [row["name"] for row in report["contenders"]] == ["eager", "eager channels_last", "fused"]
+    for row in report["contenders"]:
+        assert row["error"] is None
+        assert 0 < row["relative_gradient_difference"] < 5e-2
+
+
+def test_bench_bfloat16() -> None:
+    report = run_json("bench", *SMALL, "--no-compile", "--dtype", "bfloat16")
+    differences = [row["relative_logit_difference"] for row in report["contenders"]]
+    assert all(1e-4 < difference < 0.1 for difference in differences)
+
+
+def test_bench_compiles_unless_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    told = " ".join(run("bench", *SMALL).stdout.split())
+    assert len(compiled) == 1
+    for words in (
+        "compile",
+        "eager channels_last",
+        "fused inference",
+        "min, ms",
+        "median, ms",
+        "threads 1",
+    ):
+        assert words in told
+
+
+def test_bench_does_not_time_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x) * 1.001
+
+    monkeypatch.setattr(mobileformer.Model, "to_inference", lambda self, dtype: Wrong(self))
+    result = run("bench", *SMALL, "--no-compile", "--json", code=1)
+    rows = {row["name"]: row for row in json.loads(result.stdout)["contenders"]}
+    assert "off by 1.0e-03" in rows["fused inference"]["error"]
+    assert rows["fused inference"]["min_ms"] is None
+    assert rows["fused"]["min_ms"] > 0
+    told = run("bench", *SMALL, "--no-compile", code=1)
+    assert "fused inference" in told.stderr
+    assert "fused inference" not in told.stdout
+
+
+def test_bench_goes_on_where_compilation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: torch.nn.Module) -> Any:
+        def call(x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no C++ compiler\nand a long story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    rows = {row["name"]: row for row in run_json("bench", *SMALL, code=1)["contenders"]}
+    assert rows["compile"]["error"] == "RuntimeError: no C++ compiler"
+    assert rows["fused"]["min_ms"] > 0
+
+
+def test_wrong_gradients_are_not_timed() -> None:
+    trial = contenders.Trial("26m", torch.randn(8, 3, 32, 32), train=True)
+    trial.add("eager", "fused")
+    parameter = trial.contenders[1].parameters[0]
+    parameter.register_hook(lambda gradient: torch.full_like(gradient, 10.0))
+    assert not trial.check()
+    trial.time(1)
+    right, wrong = trial.rows()
+    assert right["error"] is None
+    assert "gradients are off" in wrong["error"]
+    assert wrong["min_ms"] is None
+
+
+def test_demo_shows_agreement_and_no_classes() -> None:
+    report = run_json("demo", "--variant", "26m", "--repeats", 1)
+    assert Path(report["image"]) == sample_photo()
+    assert {row["name"] for row in report["contenders"]} == {
+        "eager",
+        "eager channels_last",
+        "fused",
+        "fused inference",
+    }
+    assert all(row["relative_logit_difference"] < 1e-9 for row in report["contenders_float64"])
+    told = run("demo", sample_photo(), "--variant", "26m", "--repeats", 1).stdout
+    for words in ("random", "no class", "fused inference", "float64", "chelsea.jpg"):
+        assert words in told
+    assert "no such file" in run_json("demo", "missing.jpg", "--variant", "26m", code=1)["error"]
+
+
+def test_demo_fails_when_paths_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(contenders.LOGIT_BOUNDS, torch.float64, 0.0)
+    result = run("demo", "--variant", "26m", "--repeats", 1, code=1)
+    assert "error: float64 fused: logits are off" in result.stderr
+    assert "Off in float64: see errors" in " ".join(result.stdout.split())
+
+
+def test_interleaved_takes_turns() -> None:
+    order: list[str] = []
+    timings = interleaved(
+        {name: (lambda name=name: order.append(name)) for name in "abc"}, repeats=4, warmup=1
+    )
+    assert order == list("abc" * 5)
+    assert all(len(timing.samples_ms) == 4 and timing.calls == 1 for timing in timings.values())
+
+
+def test_interleaved_measures_time() -> None:
+    timings = interleaved(
+        {"slow": lambda: time.sleep(0.01), "fast": lambda: None}, repeats=3, min_sample_ms=1.0
+    )
+    assert timings["slow"].calls == 1
+    assert timings["slow"].min_ms >= 10
+    assert timings["fast"].calls > 100
+    assert timings["fast"].median_ms < 0.1
+    for arguments in ({"contenders": {}}, {"contenders": {"a": print}, "repeats": 0}):
+        with pytest.raises(ValueError, match="expected a contender"):
+            interleaved(**arguments)
+
+
+def test_difference_never_passes_what_is_not_finite() -> None:
+    exact = torch.tensor([1.0, -4.0])
+    assert difference(exact + torch.tensor([0.0, 0.5]), exact) == contenders.Difference(0.5, 0.125)
+    for bad in (float("nan"), float("inf")):
+        assert difference(torch.tensor([1.0, bad]), exact).relative == float("inf")
+    assert difference(torch.ones(2), torch.zeros(2)).relative == float("inf")
+    with pytest.raises(ValueError, match="shape"):
+        difference(torch.ones(3), exact)
+
+
+def test_lively_weights_are_seeded_and_reach_every_part() -> None:
+    first, second, other = (mobileformer.Model("26m", use_fused=False).double().eval() for _ in range(3))
+    for model, seed in ((first, 0), (second, 0), (other, 1)):
+        lively_weights_(model, seed)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 3, 64, 64)))
+    logits = first(x)
+    assert torch.equal(logits, second(x))
+    assert not torch.allclose(logits, other(x), atol=0.1)
+    (logits * torch.arange(1000)).sum().backward()
+    for name, parameter in first.named_parameters():
+        if not name.endswith("key.bias"):  # shifts the scores of all tokens alike, which softmax does not see
+            assert parameter.grad.abs().max() > 1e-3, name

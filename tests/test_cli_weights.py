@@ -1,0 +1,221 @@
+"""`mobileformer predict` and `convert`: right answers, and refusals that say why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cli_support import NAMES, expected, make_files, run, run_json
+
+import mobileformer
+
+# Without the compiled library the commands run on the reference and say so; the rest is the same.
+pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.mark.parametrize("weights", ["named.safetensors", "published.pth.tar"])
+@pytest.mark.parametrize("path", ["--fused", "--no-fused"])
+def test_predict_gives_the_probabilities_of_the_model(folder: Path, weights: str, path: str) -> None:
+    image = folder / "images" / "b.png"
+    report = run_json("predict", image, "--weights", folder / weights, "--size", 64, "--top-k", 3, path)
+    (answer,) = report["results"]
+    assert report["fused"] == (path == "--fused")
+    assert answer["image"] == str(image)
+    assert len(answer["predictions"]) == 3
+    for row, (index, probability) in zip(
+        answer["predictions"], expected(folder / weights, image), strict=False
+    ):
+        assert row["class"] == index
+        assert row["probability"] == pytest.approx(probability, abs=1e-5)
+        assert row["label"] == (NAMES[index] if weights.startswith("named") else None)
+
+
+def test_predict_prints_names_as_they_are(folder: Path) -> None:
+    image = folder / "images" / "b.png"
+    told = run("predict", image, "--weights", folder / "named.safetensors", "--size", 64, "--top-k", 9).stdout
+    for name in NAMES:  # "bee [old]" would vanish if it were read as markup
+        assert name in told
+    _, probability = expected(folder / "named.safetensors", image)[0]
+    assert f"{100 * probability:.2f} %" in told
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_predict_folder_in_batches(folder: Path, batch: int) -> None:
+    weights = folder / "plain.safetensors"
+    report = run_json("predict", folder / "images", "--weights", weights, "--size", 64, "--batch", batch)
+    names = [Path(answer["image"]).name for answer in report["results"]]
+    assert names == ["a.jpg", "b.png", "c.webp"]
+    for answer in report["results"]:
+        index, probability = expected(weights, Path(answer["image"]))[0]
+        assert answer["predictions"][0]["class"] == index
+        assert answer["predictions"][0]["probability"] == pytest.approx(probability, abs=1e-5)
+
+
+def test_predict_reports_bad_files_and_does_the_rest(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "0_empty.png").touch()
+    (tmp_path / "1_good.png").write_bytes((folder / "images" / "b.png").read_bytes())
+    (tmp_path / "2_cut.jpg").write_bytes((folder / "images" / "a.jpg").read_bytes()[:900])
+    arguments = (
+        "predict",
+        tmp_path,
+        "nowhere.png",
+        f"{tmp_path}/*.bmp",
+        "--weights",
+        folder / "plain.safetensors",
+    )
+    result = run(*arguments, "--size", 64, "--json", code=1)
+    report = json.loads(result.stdout)
+    assert report["failed"] == 4
+    assert ["error" in answer for answer in report["results"]] == [True, False, True, True, True]
+    assert len(report["results"][1]["predictions"]) == 5
+    for words in (
+        "0_empty.png: the file is empty",
+        "2_cut.jpg: ",
+        "nowhere.png: no such file",
+        "*.bmp: no file",
+    ):
+        assert words in result.stderr
+    assert "4 of 5 failed" in result.stderr
+
+
+def test_predict_without_weights_says_how_to_get_them(folder: Path) -> None:
+    result = run("predict", folder / "images" / "b.png", code=1)
+    assert result.stdout == ""
+    for words in ("--weights", "mobileformer convert", "save_weights", "random"):
+        assert words in result.stderr
+    assert "--weights" in run_json("predict", folder / "images" / "b.png", code=1)["error"]
+
+
+def test_predict_grey_weights_take_colour_images(folder: Path) -> None:
+    weights, image = folder / "grey.safetensors", folder / "images" / "b.png"
+    (answer,) = run_json("predict", image, "--weights", weights, "--size", 64)["results"]
+    index, probability = expected(weights, image)[0]
+    assert answer["predictions"][0]["class"] == index
+    assert answer["predictions"][0]["probability"] == pytest.approx(probability, abs=1e-5)
+    failure = run_json("predict", image, "--weights", folder / "no_mean.safetensors", code=1)
+    assert "normalised" in failure["error"]
+
+
+def test_predict_refuses_weights_that_answer_with_nan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mobileformer.Model, "forward", lambda self, x: torch.full((len(x), 7), float("nan")))
+    image = folder / "images" / "b.png"
+    report = run_json("predict", image, "--weights", folder / "plain.safetensors", "--size", 64, code=1)
+    assert "not finite" in report["results"][0]["error"]
+    assert "predictions" not in report["results"][0]
+
+
+def test_predict_labels(folder: Path, tmp_path: Path) -> None:
+    weights, image = folder / "plain.safetensors", folder / "images" / "b.png"
+    top = expected(weights, image)[0][0]
+    (tmp_path / "lines.txt").write_text("\ufeff" + "\r\n".join(NAMES) + "\n", encoding="utf-8")
+    (tmp_path / "list.json").write_text(json.dumps(NAMES))
+    for file in ("lines.txt", "list.json"):
+        report = run_json("predict", image, "--weights", weights, "--size", 64, "--labels", tmp_path / file)
+        assert report["results"][0]["predictions"][0]["label"] == NAMES[top]
+    for name, content, words in (
+        ("short.txt", "\n".join(NAMES[:6]), "expected 7 names, one for each class, found 6"),
+        ("gap.txt", "a\n\nb\nc\nd\ne\nf", "not empty"),
+        ("numbers.json", "[1, 2, 3, 4, 5, 6, 7]", "expected a list"),
+        ("dict.json", json.dumps({str(i): name for i, name in enumerate(NAMES)}), "expected a list"),
+        ("cut.json", "[1, ", "not valid JSON"),
+        ("latin.txt", "\udce9", "utf-8"),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+        failure = run_json("predict", image, "--weights", weights, "--labels", tmp_path / name, code=1)
+        assert words in failure["error"]
+    failure = run_json("predict", image, "--weights", weights, "--labels", tmp_path / "none.txt", code=1)
+    assert "none.txt" in failure["error"]
+
+
+def test_predict_as_a_table_without_names(folder: Path, tmp_path: Path) -> None:
+    weights, image = folder / "plain.safetensors", folder / "images" / "b.png"
+    told = run("predict", image, "--weights", weights, "--size", 64, "--top-k", 1).stdout
+    index, probability = expected(weights, image)[0]
+    assert f" {index} " in told
+    assert f"{100 * probability:.2f} %" in told
+    result = run("predict", tmp_path / "none.png", "--weights", weights, code=1)
+    assert result.stdout == ""
+    assert "none.png: no such file" in result.stderr
+
+
+def test_predict_refuses_weights_no_image_fits(folder: Path, tmp_path: Path) -> None:
+    image = folder / "images" / "b.png"
+    five = mobileformer.Model("26m", num_classes=2, in_chans=5)
+    mobileformer.save_weights(five, tmp_path / "five.safetensors", mean=[0.5] * 5, std=[0.5] * 5)
+    failure = run_json("predict", image, "--weights", tmp_path / "five.safetensors", code=1)
+    assert "takes 5 channels" in failure["error"]
+    broken = mobileformer.Model("26m", num_classes=2)
+    broken.head.classifier.bias.data[0] = float("nan")
+    mobileformer.save_weights(broken, tmp_path / "nan.safetensors")
+    failure = run_json("predict", image, "--weights", tmp_path / "nan.safetensors", code=1)
+    assert "not finite: head.classifier.bias" in failure["error"]
+
+
+def test_predict_names_bad_weights(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("hello")
+    for name in ("none.safetensors", "text.pth"):
+        failure = run_json("predict", folder / "images" / "b.png", "--weights", tmp_path / name, code=1)
+        assert name in failure["error"]
+
+
+def test_convert_there_and_back(folder: Path, tmp_path: Path) -> None:
+    ours, back = tmp_path / "ours.safetensors", tmp_path / "back.pth.tar"
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    report = run_json("convert", folder / "published.pth.tar", ours, "--labels", tmp_path / "names.txt")
+    assert (report["variant"], report["num_classes"], report["labels"]) == ("26m", 7, True)
+    metadata = mobileformer.read_metadata(ours)
+    assert (metadata.variant, metadata.labels) == ("26m", tuple(NAMES))
+    assert run_json("convert", ours, back)["form"] == "published checkpoint"
+    first = torch.load(folder / "published.pth.tar", weights_only=False)["state_dict"]
+    second = torch.load(back, weights_only=True)["state_dict"]
+    assert [key.removeprefix("module.") for key in first] == list(second)
+    for key, value in first.items():
+        assert torch.equal(second[key.removeprefix("module.")], value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "back.pth.tar",
+        "names.txt",
+        "ours.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("variant", ["26m", "52m"])
+def test_convert_tells_grouped_from_plain(tmp_path: Path, variant: str) -> None:
+    model = mobileformer.Model(variant)
+    torch.save(mobileformer.official_state_dict(model), tmp_path / "in.pth")
+    assert run_json("convert", tmp_path / "in.pth", tmp_path / "out.safetensors")["variant"] == variant
+
+
+def test_convert_keeps_labels_of_our_files(folder: Path, tmp_path: Path) -> None:
+    run("convert", folder / "named.safetensors", tmp_path / "copy.safetensors")
+    assert mobileformer.read_metadata(tmp_path / "copy.safetensors").labels == tuple(NAMES)
+
+
+def test_convert_overwrites_only_when_told(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.safetensors"
+    target.write_text("precious")
+    assert "--force" in run_json("convert", folder / "published.pth.tar", target, code=1)["error"]
+    assert target.read_text() == "precious"
+    run("convert", folder / "published.pth.tar", target, "--force")
+    assert mobileformer.read_metadata(target).variant == "26m"
+
+
+def test_convert_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
+    source, target = folder / "published.pth.tar", tmp_path / "out.safetensors"
+    assert "says 52m" in run_json("convert", source, target, "--variant", "52m", code=1)["error"]
+    state = dict(torch.load(source, weights_only=False)["state_dict"])
+    del state["module.stem.0.weight"]
+    torch.save(state, tmp_path / "lacks.pth")
+    assert "--variant" in run_json("convert", tmp_path / "lacks.pth", target, code=1)["error"]
+    named = run_json("convert", tmp_path / "lacks.pth", target, "--variant", "26m", code=1)["error"]
+    assert "missing: stem.0.weight" in named
+    assert "nowhere.pth" in run_json("convert", tmp_path / "nowhere.pth", target, code=1)["error"]
+    deep = tmp_path / "no" / "folder.safetensors"
+    assert "folder" in run_json("convert", source, deep, code=1)["error"]
+    assert not target.exists()
