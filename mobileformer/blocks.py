@@ -9,8 +9,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+import mf_kernels
 from mobileformer.config import BlockConfig
-from mobileformer.layers import ConvNorm, DropPath, DynamicReLU, Former, FormerToMobile, MobileToFormer
+from mobileformer.layers import (
+    BRIDGE_HEADS,
+    FORMER_HEADS,
+    ConvNorm,
+    DropPath,
+    DynamicReLU,
+    Former,
+    FormerToMobile,
+    MobileToFormer,
+)
 
 __all__ = ["DownBlock", "LiteBlock", "SameBlock"]
 
@@ -41,7 +51,49 @@ class LiteBlock(nn.Module):
         return (x + y if self.has_skip else y), tokens
 
 
-class SameBlock(nn.Module):
+class TokenBlock(nn.Module):
+    """What the two blocks with tokens share: in evaluation with `use_fused`, the inference forms of the operators.
+
+    There BatchNorm is a constant, so the convolution, the norm and the activation behind it are one operator, and all that
+    the block computes on tokens alone is another. The numbers are the same; hooks on the parts of a block do not run.
+    """
+
+    mobile_to_former: MobileToFormer
+    former: Former
+    former_to_mobile: FormerToMobile
+    use_fused: bool
+    spatial_dynamic_relu: bool
+
+    @property
+    def has_inference_form(self) -> bool:
+        """Slopes by position are not in the operators, and training needs the batch's own statistics."""
+        return self.use_fused and not self.training and not self.spatial_dynamic_relu
+
+    def token_side(self, x: Tensor, tokens: Tensor, relus: tuple[DynamicReLU, ...]) -> list[Tensor]:
+        """[new tokens, key, value, theta of every dynamic ReLU], all that the map needs of the tokens."""
+        bridge, former = self.mobile_to_former, self.former
+        layers: list[nn.Linear | nn.LayerNorm] = [bridge.gate, bridge.project, bridge.norm]
+        layers += [former.query, former.project, former.norm]
+        layers += [former.ffn_expand, former.ffn_project, former.ffn_norm]
+        layers += [self.former_to_mobile.key, self.former_to_mobile.value]
+        for relu in relus:
+            layers += [relu.reduce, relu.expand]
+        parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+        gathered = mf_kernels.mobile_to_former(x, bridge.query(tokens), num_heads=BRIDGE_HEADS)
+        return mf_kernels.token_side(
+            tokens, gathered, parameters, num_heads=FORMER_HEADS, eps=former.norm.eps
+        )
+
+
+def depthwise_with_relu(depthwise: ConvNorm, x: Tensor, theta: Tensor) -> Tensor:
+    """dynamic ReLU(BatchNorm(depthwise convolution(x))) in evaluation; a shuffle in between keeps them two operators."""
+    if depthwise.shuffle > 1:
+        return mf_kernels.dynamic_relu_(depthwise(x), theta)
+    weight, bias = depthwise.folded()
+    return mf_kernels.depthwise_dynamic_relu(x, weight, bias, theta, stride=depthwise.stride)
+
+
+class SameBlock(TokenBlock):
     """Pointwise expansion, depthwise, pointwise, at the same resolution; skip where the width stays."""
 
     def __init__(
@@ -71,11 +123,14 @@ class SameBlock(nn.Module):
             out_channels, token_dim, drop_path=drop_path, use_fused=use_fused
         )
         self.drop_path = DropPath(drop_path)
+        self.use_fused = use_fused
         self.has_skip = in_channels == out_channels
         self.spatial_dynamic_relu = spatial_dynamic_relu
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,C,H,W), tokens (B,M,D) -> (B,C',H,W), (B,M,D)."""
+        if self.has_inference_form:
+            return self._infer(x, tokens)
         mix = None
         if self.spatial_dynamic_relu:
             mix = self.mobile_to_former.token_mix(x, tokens, (x.shape[2], x.shape[3]))
@@ -87,8 +142,17 @@ class SameBlock(nn.Module):
             y = x + self.drop_path(y)
         return self.former_to_mobile(y, tokens), tokens
 
+    def _infer(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, key, value, theta1, theta2 = self.token_side(
+            x, tokens, (self.expand_relu, self.depthwise_relu)
+        )
+        y = mf_kernels.dynamic_relu_(self.expand(x), theta1)
+        y = self.project(depthwise_with_relu(self.depthwise, y, theta2))
+        y = x + y if self.has_skip else y
+        return mf_kernels.former_to_mobile(y, key, value, num_heads=BRIDGE_HEADS), tokens
 
-class DownBlock(nn.Module):
+
+class DownBlock(TokenBlock):
     """Half the resolution: depthwise expansion of stride 2, pointwise, then depthwise expansion and pointwise inside a skip."""
 
     def __init__(
@@ -135,10 +199,13 @@ class DownBlock(nn.Module):
             out_channels, token_dim, drop_path=drop_path, use_fused=use_fused
         )
         self.drop_path = DropPath(drop_path)
+        self.use_fused = use_fused
         self.spatial_dynamic_relu = spatial_dynamic_relu
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,C,H,W), tokens (B,M,D) -> (B,C',ceil(H/2),ceil(W/2)), (B,M,D)."""
+        if self.has_inference_form:
+            return self._infer(x, tokens)
         mix = None
         if self.spatial_dynamic_relu:
             mix = self.mobile_to_former.token_mix(x, tokens, ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2))
@@ -148,3 +215,9 @@ class DownBlock(nn.Module):
         y = self.expand_relu(self.expand(middle), tokens, mix)
         y = middle + self.drop_path(self.project(y))
         return self.former_to_mobile(y, tokens), tokens
+
+    def _infer(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, key, value, theta1, theta2 = self.token_side(x, tokens, (self.down_relu, self.expand_relu))
+        middle = self.squeeze(depthwise_with_relu(self.down, x, theta1))
+        y = middle + self.project(depthwise_with_relu(self.expand, middle, theta2))
+        return mf_kernels.former_to_mobile(y, key, value, num_heads=BRIDGE_HEADS), tokens

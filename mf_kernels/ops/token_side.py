@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mf_kernels import _checks, _registry, reference
+from mf_kernels import _checks, _registry
 from mf_kernels.ops import _library
+from mf_kernels.ops.mobile_to_former import mobile_to_former
 
 NAME = "token_side"
 MAX_ROWS = 64
@@ -74,7 +75,7 @@ def _token_side_in_pytorch(
     width = (tokens.shape[-1],)
     factor = (F.linear(tokens, *gate) + 3).clamp(0, 6) / 3
     t = F.layer_norm(tokens + F.linear(gathered * factor, *bridge), width, *bridge_norm, eps)
-    attended = reference.mobile_to_former(t.transpose(1, 2).unsqueeze(2), F.linear(t, *query), num_heads=num_heads)
+    attended = mobile_to_former(t.transpose(1, 2).unsqueeze(2), F.linear(t, *query), num_heads=num_heads)
     t = F.layer_norm(t + F.linear(attended, *mix), width, *attention_norm, eps)
     t = F.layer_norm(t + F.linear(F.gelu(F.linear(t, *expand)), *contract), width, *ffn_norm, eps)
     slopes = layers[LAYERS_BEFORE_SLOPES:]
