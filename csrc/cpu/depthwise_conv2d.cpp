@@ -178,9 +178,9 @@ void depthwise_conv2d_tasks(T* y, const T* x, const T* weight_in, const T* bias_
   for (int64_t i = 0; i < held * row_size; ++i) memory[i] = 0;
 
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t first = i % strips * DepthwiseShape::STRIP;
+    // neighbouring tasks are neighbouring blocks of the same rows: with a multiplier they read the same channels
+    const int64_t o = i % blocks * lanes, first = i / blocks % strips * DepthwiseShape::STRIP, b = i / blocks / strips;
     const int64_t last = first + DepthwiseShape::STRIP < shape.OH ? first + DepthwiseShape::STRIP : shape.OH;
-    const int64_t o = i / strips % blocks * lanes, b = i / strips / blocks;
     const T* sample = x + b * shape.C * shape.H * shape.W;
     T* y_sample = y + b * shape.O * shape.OH * shape.OW;
     const ChannelBlock<A> block(o, shape.O, shape.mult);
@@ -210,24 +210,23 @@ void depthwise_conv2d_tasks(T* y, const T* x, const T* weight_in, const T* bias_
 template <class A>
 struct LaneFold {
   static constexpr int lanes = LANES<A>;
-  IntegerVector<A> from[lanes];
-  Vector<A> keep[lanes];
+  IntegerVector<A> from[lanes], keep[lanes];  // keep: all bits set, or none
   int count = 0;
 
   LaneFold(const ChannelBlock<A>& block, int64_t c_first) {
     int placed[lanes] = {};
-    for (int i = 0; i < lanes; ++i) from[i] = IntegerVector<A>{}, keep[i] = Vector<A>{};
+    for (int i = 0; i < lanes; ++i) from[i] = keep[i] = IntegerVector<A>{};
     for (int i = 0; i < block.used; ++i) {
       const int target = int(block.c + block.from[i] - c_first);
       const int step = placed[target]++;
       from[step][target] = i;
-      keep[step][target] = 1;
+      keep[step][target] = -1;
       count = count > step + 1 ? count : step + 1;
     }
   }
   MF_INLINE Vector<A> operator()(Vector<A> v) const {
     Vector<A> folded{};
-    for (int i = 0; i < count; ++i) folded += permute<A>(v, from[i]) * keep[i];
+    for (int i = 0; i < count; ++i) folded += keep[i] ? permute<A>(v, from[i]) : Vector<A>{};  // not times 0: v may be NaN
     return folded;
   }
 };

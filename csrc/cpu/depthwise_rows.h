@@ -9,7 +9,7 @@ namespace mf::MF_ISA {
 template <class A>
 struct ChannelBlock {
   int64_t o, mult;
-  int used;               // lanes that exist; the others compute on zeros
+  int used;               // lanes that exist; what the others compute is never stored
   int64_t c;              // input channel of the first lane
   int span;               // input channels that the lanes read
   IntegerVector<A> from;  // lane -> input channel, counted from c
@@ -39,7 +39,7 @@ MF_INLINE Vector<A> permute(Vector<A> v, IntegerVector<A> from) {
 #endif
 }
 
-// row[w][lane] = x[h][w] of the block's input channels
+// row[w][lane] = x[h][w] of the block's input channels; lanes that do not exist hold anything
 template <class T>
 void load_row(Accumulator<T>* row,  // [W][LANES]
               const T* x,           // one sample
@@ -47,13 +47,20 @@ void load_row(Accumulator<T>* row,  // [W][LANES]
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;
   if (channels_last) {
-    const T* source = x + h * W * C + block.c;
-    if (block.mult == 1 && block.used == lanes) {
-      for (int64_t w = 0; w < W; ++w) store(row + w * lanes, load(source + w * C));
-    } else if (block.mult == 1) {
-      for (int64_t w = 0; w < W; ++w) store(row + w * lanes, load(source + w * C, block.used));
+    const T* source = x + h * W * C;
+    if (C < lanes) {
+      for (int64_t w = 0; w < W; ++w) {
+        store(row + w * lanes, permute<A>(load(source + w * C + block.c, block.span), block.from));
+      }
+      return;
+    }
+    // A vector that ends with the position's last channel at the latest: whole loads, aligned ones where C allows
+    const int64_t start = block.c < C - lanes ? block.c : C - lanes;
+    if (block.mult == 1 && start == block.c) {
+      for (int64_t w = 0; w < W; ++w) store(row + w * lanes, load(source + w * C + start));
     } else {
-      for (int64_t w = 0; w < W; ++w) store(row + w * lanes, permute<A>(load(source + w * C, block.span), block.from));
+      const IntegerVector<A> from = block.from + typename VectorTypes<A>::lane_integer(block.c - start);
+      for (int64_t w = 0; w < W; ++w) store(row + w * lanes, permute<A>(load(source + w * C + start), from));
     }
     return;
   }
