@@ -54,8 +54,8 @@ class LiteBlock(nn.Module):
 class TokenBlock(nn.Module):
     """What the two blocks with tokens share: in evaluation with `use_fused`, the inference forms of the operators.
 
-    There BatchNorm is a constant, so the convolution, the norm and the activation behind it are one operator, and all that
-    the block computes on tokens alone is another. The numbers are the same; hooks on the parts of a block do not run.
+    There BatchNorm is a constant, so the depthwise convolution, the norm and the activation behind it are one operator, and
+    all that the block computes on tokens alone is another. The numbers are the same.
     """
 
     mobile_to_former: MobileToFormer
@@ -64,24 +64,36 @@ class TokenBlock(nn.Module):
     use_fused: bool
     spatial_dynamic_relu: bool
 
-    @property
-    def has_inference_form(self) -> bool:
-        """Slopes by position are not in the operators, and training needs the batch's own statistics."""
-        return self.use_fused and not self.training and not self.spatial_dynamic_relu
+    def inference_parameters(
+        self, relus: tuple[DynamicReLU, ...], depthwise: tuple[ConvNorm, ...]
+    ) -> list[Tensor] | None:
+        """The parameters of the token side in the operator's order, or None where the block has to go part by part.
 
-    def token_side(self, x: Tensor, tokens: Tensor, relus: tuple[DynamicReLU, ...]) -> list[Tensor]:
-        """[new tokens, key, value, theta of every dynamic ReLU], all that the map needs of the tokens."""
-        bridge, former = self.mobile_to_former, self.former
-        layers: list[nn.Linear | nn.LayerNorm] = [bridge.gate, bridge.project, bridge.norm]
+        That is: with slopes by position, which the operators do not know; in training, also where only the norms are; and
+        where somebody watches a part with a hook or has put a module of another class in its place.
+        """
+        if not self.use_fused or self.training or self.spatial_dynamic_relu:
+            return None
+        bridge, former, outward = self.mobile_to_former, self.former, self.former_to_mobile
+        layers = [bridge.gate, bridge.project, bridge.norm]
         layers += [former.query, former.project, former.norm]
         layers += [former.ffn_expand, former.ffn_project, former.ffn_norm]
-        layers += [self.former_to_mobile.key, self.former_to_mobile.value]
+        layers += [outward.key, outward.value]
         for relu in relus:
             layers += [relu.reduce, relu.expand]
-        parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
-        gathered = mf_kernels.mobile_to_former(x, bridge.query(tokens), num_heads=BRIDGE_HEADS)
+        if any(layer.__class__ not in (nn.Linear, nn.LayerNorm) for layer in layers):
+            return None
+        if any(map(_is_watched, (bridge, former, outward, *relus, *depthwise, *layers))):
+            return None
+        if any(convolution.updates_statistics for convolution in depthwise):
+            return None
+        return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+
+    def token_side(self, x: Tensor, tokens: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+        """[new tokens, key, value, theta of every dynamic ReLU], all that the map needs of the tokens."""
+        gathered = mf_kernels.mobile_to_former(x, self.mobile_to_former.query(tokens), num_heads=BRIDGE_HEADS)
         return mf_kernels.token_side(
-            tokens, gathered, parameters, num_heads=FORMER_HEADS, eps=former.norm.eps
+            tokens, gathered, parameters, num_heads=FORMER_HEADS, eps=self.former.norm.eps
         )
 
 
@@ -91,6 +103,15 @@ def depthwise_with_relu(depthwise: ConvNorm, x: Tensor, theta: Tensor) -> Tensor
         return mf_kernels.dynamic_relu_(depthwise(x), theta)
     weight, bias = depthwise.folded()
     return mf_kernels.depthwise_dynamic_relu(x, weight, bias, theta, stride=depthwise.stride)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class SameBlock(TokenBlock):
@@ -129,8 +150,9 @@ class SameBlock(TokenBlock):
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,C,H,W), tokens (B,M,D) -> (B,C',H,W), (B,M,D)."""
-        if self.has_inference_form:
-            return self._infer(x, tokens)
+        parameters = self.inference_parameters((self.expand_relu, self.depthwise_relu), (self.depthwise,))
+        if parameters is not None:
+            return self._infer(x, tokens, parameters)
         mix = None
         if self.spatial_dynamic_relu:
             mix = self.mobile_to_former.token_mix(x, tokens, (x.shape[2], x.shape[3]))
@@ -142,10 +164,8 @@ class SameBlock(TokenBlock):
             y = x + self.drop_path(y)
         return self.former_to_mobile(y, tokens), tokens
 
-    def _infer(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, key, value, theta1, theta2 = self.token_side(
-            x, tokens, (self.expand_relu, self.depthwise_relu)
-        )
+    def _infer(self, x: Tensor, tokens: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
+        tokens, key, value, theta1, theta2 = self.token_side(x, tokens, parameters)
         y = mf_kernels.dynamic_relu_(self.expand(x), theta1)
         y = self.project(depthwise_with_relu(self.depthwise, y, theta2))
         y = x + y if self.has_skip else y
@@ -204,8 +224,9 @@ class DownBlock(TokenBlock):
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,C,H,W), tokens (B,M,D) -> (B,C',ceil(H/2),ceil(W/2)), (B,M,D)."""
-        if self.has_inference_form:
-            return self._infer(x, tokens)
+        parameters = self.inference_parameters((self.down_relu, self.expand_relu), (self.down, self.expand))
+        if parameters is not None:
+            return self._infer(x, tokens, parameters)
         mix = None
         if self.spatial_dynamic_relu:
             mix = self.mobile_to_former.token_mix(x, tokens, ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2))
@@ -216,8 +237,8 @@ class DownBlock(TokenBlock):
         y = middle + self.drop_path(self.project(y))
         return self.former_to_mobile(y, tokens), tokens
 
-    def _infer(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, key, value, theta1, theta2 = self.token_side(x, tokens, (self.down_relu, self.expand_relu))
+    def _infer(self, x: Tensor, tokens: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
+        tokens, key, value, theta1, theta2 = self.token_side(x, tokens, parameters)
         middle = self.squeeze(depthwise_with_relu(self.down, x, theta1))
         y = middle + self.project(depthwise_with_relu(self.expand, middle, theta2))
         return mf_kernels.former_to_mobile(y, key, value, num_heads=BRIDGE_HEADS), tokens

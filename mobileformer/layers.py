@@ -149,12 +149,17 @@ class ConvNorm(KernelModule):
         if not self.use_fused:
             y = self.norm(self.conv(x))
             y = F.relu6(y) if self.activation == "relu6" else y
-        elif self.norm.training:
+        elif self.updates_statistics:
             y = self.norm(self._convolve(x, self.conv.weight, None, "identity"))
             y = F.relu6(y) if self.activation == "relu6" else y
         else:
             y = self._convolve(x, *self.folded(), self.activation)
         return channel_shuffle(y, self.shuffle) if self.shuffle > 1 else y
+
+    @property
+    def updates_statistics(self) -> bool:
+        """Whether the norm is in training mode, be it on its own."""
+        return self.norm.training
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(weight, bias) of the one convolution that this is with its running statistics."""

@@ -72,8 +72,8 @@ def state_sha256(model: Model) -> str:
     return digest.hexdigest()
 
 
-def capture(model: Model, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(logits, every intermediate quantity under its golden name) of one forward pass."""
+def capture(model: Model, x: Tensor) -> dict[str, Tensor]:
+    """Every quantity of one forward pass under its golden name."""
     found: dict[str, Tensor] = {}
     handles = []
 
@@ -101,7 +101,7 @@ def capture(model: Model, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         features, tokens = model.forward_features(x)
         found["pooled"] = model.head.pool(features)[:, :, None, None]
         found["penult"] = model.forward_head(features, tokens, pre_logits=True)
-        return model.forward_head(features, tokens), found
+        return found
     finally:
         for handle in handles:
             handle.remove()

@@ -58,8 +58,11 @@ def official_gradients(model: Model) -> dict[str, Tensor]:
 def run_file(file: str, use_fused: bool) -> Run:
     variant, _, mode = file.partition("_")
     model = recipe_model(variant, use_fused=use_fused, spatial_dynamic_relu=mode == "spatial")
-    image = recipe_image(2, 224, 224, seed=1).requires_grad_()
-    logits, found = capture(model, image)
+    image = recipe_image(2, 224, 224, seed=1)
+    with torch.no_grad():
+        found = capture(model, image)
+    image.requires_grad_()
+    logits = model(image)
     logits.sum().backward()
     return Run(file, model, logits.detach(), found, official_gradients(model), image.grad)
 
@@ -115,6 +118,19 @@ def test_every_intermediate_quantity(run: Run) -> None:
                 compared.add(key)
     elsewhere = ("state_", "grad_eval/", "param_keys", "logits_", "train/", "meta_json")
     assert compared == {key for key in run.golden if not key.startswith(elsewhere)}
+
+
+def test_what_crosses_the_border_of_a_block(run: Run) -> None:
+    """Without a hook inside, so that a fused block takes its inference form."""
+    with torch.no_grad():
+        image = recipe_image(2, 224, 224, seed=1)
+        tokens = run.model.tokens.repeat(2, 1, 1)
+        x = run.model.stem(image)
+        for index, block in enumerate(run.model.blocks):
+            x, tokens = block(x, tokens)
+            assert error(tokens.transpose(0, 1), run.golden[f"block{index}/tokens"]) < TOLERANCE, index
+            for key, array in summarise(f"block{index}/feat", x).items():
+                assert np.abs(array - run.golden[key]).max() < TOLERANCE, key
 
 
 def test_gradients_in_evaluation_mode(run: Run) -> None:

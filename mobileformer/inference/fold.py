@@ -1,13 +1,11 @@
-"""A model for inference only: the same blocks, with leaves that have their constants worked out beforehand.
+"""A model for inference only: the same blocks, with every BatchNorm worked into what stands before it.
 
 | leaf           | becomes                                                                                          |
 |----------------|--------------------------------------------------------------------------------------------------|
 | ConvNorm       | one convolution: weight * scale, bias - mean * scale, with scale = norm.weight / sqrt(var + eps) |
-| MobileToFormer | query and gate as one linear layer; the gate's + 3 in its bias, its 2 / 6 in the projection      |
-| FormerToMobile | key and value as one linear layer                                                                |
-| head.fc, .norm | one linear layer                                                                                 |
+| head.fc, .norm | one linear layer, likewise                                                                       |
 
-All of it is computed in float64 and rounded once.
+Computed in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -20,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from mobileformer.inference.threads import thread_count
-from mobileformer.layers import BRIDGE_HEADS, ConvNorm, FormerToMobile, KernelModule, MobileToFormer
-from mobileformer.layers import channel_shuffle, convolve, token_mix
+from mobileformer.layers import ConvNorm, KernelModule, channel_shuffle, convolve
 
 if TYPE_CHECKING:
-    from mobileformer.model import Model
+    from mobileformer.model import Head, Model
 
 __all__ = ["DTYPES", "InferenceModel"]
 
@@ -44,7 +41,7 @@ class InferenceModel(nn.Module):
         network = copy.deepcopy(model).double().eval().requires_grad_(False)
         with torch.no_grad():
             _fold_head(network.head)
-            _replace_leaves(network)
+            _fold_convolutions(network)
         self.network = network.to(dtype)
         super().train(False)
 
@@ -52,7 +49,10 @@ class InferenceModel(nn.Module):
         """x (B,in_chans,H,W) of any floating dtype -> logits (B,num_classes) of the same dtype."""
         if not x.is_floating_point():
             raise TypeError(f"x: expected a floating-point dtype, got {x.dtype}")
-        with nullcontext() if self.threads is None else thread_count(self.threads):
+        threads = nullcontext() if self.threads is None else thread_count(self.threads)
+        # Nothing here needs a gradient but the input may, for a saliency map say; the fastest operators come without.
+        gradient = nullcontext() if x.requires_grad else torch.no_grad()
+        with threads, gradient:
             return self.network(x.to(self.network.tokens.dtype)).to(x.dtype)
 
     def train(self, mode: bool = True) -> InferenceModel:
@@ -64,13 +64,15 @@ class InferenceModel(nn.Module):
 class FoldedConv(KernelModule):
     """activation(convolution(x) + bias), then the channel shuffle."""
 
+    updates_statistics = False
+
     def __init__(self, source: ConvNorm) -> None:
         super().__init__(source.use_fused)
-        weight, bias = source.folded()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
-        self.stride = source.conv.stride[0]
-        self.groups = source.conv.groups
+        scale, shift = _scale_and_shift(source.norm)
+        self.weight = nn.Parameter(source.conv.weight * scale[:, None, None, None], requires_grad=False)
+        self.bias = nn.Parameter(shift, requires_grad=False)
+        self.stride = source.stride
+        self.groups = source.groups
         self.activation = source.activation
         self.shuffle = source.shuffle
 
@@ -86,66 +88,27 @@ class FoldedConv(KernelModule):
         )
         return channel_shuffle(y, self.shuffle) if self.shuffle > 1 else y
 
-
-class FoldedMobileToFormer(KernelModule):
-    """LN(tokens + project(clamp(gate, 0, 6) * attention(query, x, x))), query and gate from one linear layer."""
-
-    def __init__(self, source: MobileToFormer) -> None:
-        super().__init__(source.use_fused)
-        self.query_gate = _side_by_side(source.query, source.gate)
-        self.query_gate.bias[source.query.out_features :] += 3
-        self.project = source.project
-        self.project.weight.mul_(2 / 6)
-        self.norm = source.norm
-
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        query, gate = self.query_gate(tokens).chunk(2, dim=-1)
-        gathered = self.ops.mobile_to_former(x, query, num_heads=BRIDGE_HEADS)
-        return self.norm(tokens + self.project(gathered * gate.clamp(0, 6)))
-
-    def token_mix(self, x: Tensor, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        return token_mix(x, self.query_gate(tokens).chunk(2, dim=-1)[0], size)
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(weight, bias), as `ConvNorm.folded`."""
+        return self.weight, self.bias
 
 
-class FoldedFormerToMobile(KernelModule):
-    """x + attention(x, key, value), key and value from one linear layer."""
-
-    def __init__(self, source: FormerToMobile) -> None:
-        super().__init__(source.use_fused)
-        self.key_value = _side_by_side(source.key, source.value)
-
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        key, value = self.key_value(tokens).chunk(2, dim=-1)
-        return self.ops.former_to_mobile(x, key, value, num_heads=BRIDGE_HEADS)
-
-
-_REPLACEMENTS = {
-    ConvNorm: FoldedConv,
-    MobileToFormer: FoldedMobileToFormer,
-    FormerToMobile: FoldedFormerToMobile,
-}
-
-
-def _replace_leaves(module: nn.Module) -> None:
+def _fold_convolutions(module: nn.Module) -> None:
     for name, child in module.named_children():
-        replacement = _REPLACEMENTS.get(type(child))
-        if replacement is None:
-            _replace_leaves(child)
+        if isinstance(child, ConvNorm):
+            setattr(module, name, FoldedConv(child))
         else:
-            setattr(module, name, replacement(child))
+            _fold_convolutions(child)
 
 
-def _fold_head(head: nn.Module) -> None:
-    norm, fc = head.norm, head.fc
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    fc.weight.mul_(scale[:, None])
-    fc.bias.sub_(norm.running_mean).mul_(scale).add_(norm.bias)
+def _fold_head(head: Head) -> None:
+    scale, shift = _scale_and_shift(head.norm)
+    head.fc.weight.mul_(scale[:, None])
+    head.fc.bias.mul_(scale).add_(shift)
     head.norm = nn.Identity()
 
 
-def _side_by_side(first: nn.Linear, second: nn.Linear) -> nn.Linear:
-    """One layer whose output is that of `first`, then that of `second`."""
-    joint = nn.Linear(first.in_features, first.out_features + second.out_features).to(first.weight)
-    joint.weight = nn.Parameter(torch.cat([first.weight, second.weight]), requires_grad=False)
-    joint.bias = nn.Parameter(torch.cat([first.bias, second.bias]), requires_grad=False)
-    return joint
+def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm does to a channel with its running statistics: times the first, plus the second."""
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
