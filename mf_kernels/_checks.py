@@ -68,7 +68,7 @@ def depthwise(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: i
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, every floating argument in the autocast dtype (float64 is left alone); else untouched."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast to ask for
         return (x, *others)
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(

@@ -50,6 +50,7 @@ def token_side(
     batch, num_tokens, width = tokens.shape
     fits = (
         not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # a graph must not depend on the size of its batch
         and tokens.device.type == "cpu"
         and tokens.dtype == gathered.dtype == parameters[0].dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
