@@ -10,7 +10,7 @@ from mf_kernels.ops.depthwise_conv2d import depthwise_conv2d
 from mf_kernels.ops.depthwise_dynamic_relu import depthwise_dynamic_relu
 from mf_kernels.ops.dynamic_relu import dynamic_relu, dynamic_relu_
 from mf_kernels.ops.fold_batch_norm import fold_batch_norm
-from mf_kernels.ops.former_to_mobile import former_to_mobile
+from mf_kernels.ops.former_to_mobile import former_to_mobile, former_to_mobile_
 from mf_kernels.ops.mobile_to_former import mobile_to_former
 from mf_kernels.ops.token_side import token_side
 
@@ -23,6 +23,7 @@ __all__ = [
     "dynamic_relu_",
     "fold_batch_norm",
     "former_to_mobile",
+    "former_to_mobile_",
     "mobile_to_former",
     "record_kernels",
     "reference",

@@ -110,13 +110,11 @@ void former_to_mobile_span_backward(Accumulator<T>* d_k_partial,     // [M][E]
 namespace mf {
 namespace {
 
-Tensor former_to_mobile_fwd(Tensor x_in, Tensor k_in, Tensor v_in, int64_t num_heads) {
-  const FeatureMap x = feature_map(x_in);
-  const Tensor k = as_contiguous(k_in), v = as_contiguous(v_in);  // (B, M, C)
+// y may be x: a task reads its tile before it writes it
+void former_to_mobile_into(const FeatureMap& y, const FeatureMap& x, const Tensor& k, const Tensor& v, int64_t num_heads) {
   const AttentionProblem p(x, k, num_heads);
-  const FeatureMap y = new_map(x, x.channels, x.height, x.width);
   count_served(Kernel::former_to_mobile_fwd);
-  with_dtype(x_in.scalar_type(), [&]<class T>() {
+  with_dtype(x.tensor.scalar_type(), [&]<class T>() {
     using A = Accumulator<T>;
     const A scale = A(1) / std::sqrt(A(p.E));
     const T *x_data = data<T>(x.tensor), *k_data = data<T>(k), *v_data = data<T>(v);
@@ -133,7 +131,18 @@ Tensor former_to_mobile_fwd(Tensor x_in, Tensor k_in, Tensor v_in, int64_t num_h
       }
     });
   });
+}
+
+Tensor former_to_mobile_fwd(Tensor x_in, Tensor k, Tensor v, int64_t num_heads) {
+  const FeatureMap x = feature_map(x_in), y = new_map(x, x.channels, x.height, x.width);
+  former_to_mobile_into(y, x, as_contiguous(k), as_contiguous(v), num_heads);
   return y.tensor;
+}
+
+// x = former_to_mobile(x, k, v): x is contiguous or channels_last, the public function sees to it
+void former_to_mobile_in_place(Tensor x_in, Tensor k, Tensor v, int64_t num_heads) {
+  const FeatureMap x = feature_map(x_in);
+  former_to_mobile_into(x, x, as_contiguous(k), as_contiguous(v), num_heads);
 }
 
 std::tuple<Tensor, Tensor, Tensor> former_to_mobile_bwd(Tensor d_y_in, Tensor x_in, Tensor k_in, Tensor v_in,
@@ -175,6 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> former_to_mobile_bwd(Tensor d_y_in, Tensor x_
 
 STABLE_TORCH_LIBRARY_IMPL(mf_kernels, CPU, m) {
   m.impl("former_to_mobile_fwd.native", TORCH_BOX(&mf::former_to_mobile_fwd));
+  m.impl("former_to_mobile_.native", TORCH_BOX(&mf::former_to_mobile_in_place));
   m.impl("former_to_mobile_bwd.native", TORCH_BOX(&mf::former_to_mobile_bwd));
 }
 

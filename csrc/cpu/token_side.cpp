@@ -53,7 +53,7 @@ inline void linear_outputs(float* y,             // [R][N]
         for (int64_t i = 0; i < here; ++i) sums[r * here + i] = layer.bias[n + i];
       }
       with_tokens(count, [&]<int ROWS>() {
-        constexpr int step = BLOCK<ROWS>;
+        constexpr int step = SUMS_BLOCK<ROWS>;
         int64_t c = 0;
         for (; c + step <= here; c += step) {
           add_rows_dots<float, ROWS, step, true>(sums + c, x + first * padded, rows + c * padded, here, padded, padded, padded);

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mf_kernels import _registry
+
 Overloads = dict[str, Callable[..., Any]]
 
 
@@ -33,6 +35,19 @@ def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
         dtype=x.dtype,
         device=x.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+
+
+def serves_in_place(op: str, x: Tensor) -> bool:
+    """Whether a CPU kernel may write its result over x: no gradient wanted, a layout and a dtype that it reads as they lie."""
+    return (
+        x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and x.dtype != torch.float16
+        and x.dim() == 4
+        and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+        and not _registry.helper_missing(op, "cpu")
     )
 
 

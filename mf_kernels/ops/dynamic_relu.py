@@ -51,9 +51,7 @@ def dynamic_relu_(x: Tensor, theta: Tensor) -> Tensor:
     Written over x where a kernel serves, no gradient is needed and x lies contiguous or channels_last; else a new map.
     Always use the returned map. Shapes, dtypes and errors as `dynamic_relu`.
     """
-    dense = x.dim() == 4 and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
-    fits = dense and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    if not fits or x.dtype == torch.float16 or _registry.helper_missing(NAME, "cpu"):
+    if not _library.serves_in_place(NAME, x):
         return dynamic_relu(x, theta)
     _checks.feature_map(NAME, x)
     _checks.companion(NAME, "theta", theta, x, (x.shape[0], 2 * x.shape[1]), "(B, 2C)")

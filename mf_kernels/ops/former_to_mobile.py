@@ -46,6 +46,21 @@ def former_to_mobile(x: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 2) -> 
     return _FORWARD[backend](x, k, v, num_heads)
 
 
+def former_to_mobile_(x: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 2) -> Tensor:
+    """`former_to_mobile(x, k, v)` for a caller who is done with x: x may hold the result afterwards, or anything.
+
+    Written over x where a kernel serves, no gradient is needed and x lies contiguous or channels_last; else a new map.
+    Always use the returned map. Shapes, dtypes and errors as `former_to_mobile`.
+    """
+    if not _library.serves_in_place(NAME, x) or k.dim() != 3 or k.shape[1] > _registry.MAX_TOKENS:
+        return former_to_mobile(x, k, v, num_heads=num_heads)
+    _checks.feature_map(NAME, x)
+    _checks.tokens(NAME, "k", k, x, num_heads)
+    _checks.companion(NAME, "v", v, x, tuple(k.shape), "(B, M, C)")
+    _IN_PLACE["native"](x, k, v, num_heads)
+    return x
+
+
 def _forward_fake(x: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     return _library.empty_map(x, x.shape[1], x.shape[2], x.shape[3])
 
@@ -57,6 +72,9 @@ def _backward_fake(d_y: Tensor, x: Tensor, k: Tensor, v: Tensor, num_heads: int)
 
 
 _FORWARD = _library.define(f"{NAME}_fwd", "(Tensor x, Tensor k, Tensor v, int num_heads) -> Tensor", _forward_fake)
+_IN_PLACE = _library.define(
+    f"{NAME}_", "(Tensor(a!) x, Tensor k, Tensor v, int num_heads) -> ()", lambda x, k, v, num_heads: None
+)
 _BACKWARD = _library.define(
     f"{NAME}_bwd",
     "(Tensor d_y, Tensor x, Tensor k, Tensor v, int num_heads) -> (Tensor d_x, Tensor d_k, Tensor d_v)",
