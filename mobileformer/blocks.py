@@ -7,6 +7,7 @@ features <- Former-to-Mobile. So the bridge in reads the block's input map and t
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 import mf_kernels
@@ -52,10 +53,10 @@ class LiteBlock(nn.Module):
 
 
 class TokenBlock(nn.Module):
-    """What the two blocks with tokens share: in evaluation with `use_fused`, the inference forms of the operators.
+    """What both blocks with tokens share: the inference forms of the operators, with `use_fused`.
 
-    There BatchNorm is a constant, so the depthwise convolution, the norm and the activation behind it are one operator, and
-    all that the block computes on tokens alone is another. The numbers are the same.
+    In evaluation BatchNorm is a constant, so the depthwise convolution, the norm and the activation behind it
+    are one operator, and all that the block computes on tokens alone is another. The numbers are the same.
     """
 
     mobile_to_former: MobileToFormer
@@ -67,10 +68,11 @@ class TokenBlock(nn.Module):
     def inference_parameters(
         self, relus: tuple[DynamicReLU, ...], depthwise: tuple[ConvNorm, ...]
     ) -> list[Tensor] | None:
-        """The parameters of the token side in the operator's order, or None where the block has to go part by part.
+        """The parameters of the token side in the operator's order, or None to go part by part.
 
-        That is: with slopes by position, which the operators do not know; in training, also where only the norms are; and
-        where somebody watches a part with a hook or has put a module of another class in its place.
+        None is: with slopes by position, which the operators do not know; in training, also where only the
+        norms are; and where somebody watches a part with a hook or has put a module of another class in its
+        place.
         """
         if not self.use_fused or self.training or self.spatial_dynamic_relu:
             return None
@@ -97,8 +99,13 @@ class TokenBlock(nn.Module):
         )
 
 
+def add_over(y: Tensor, x: Tensor) -> Tensor:
+    """y + x, written over y where no gradient will ask for it."""
+    return y + x if torch.is_grad_enabled() or x.dtype != y.dtype else y.add_(x)
+
+
 def depthwise_with_relu(depthwise: ConvNorm, x: Tensor, theta: Tensor) -> Tensor:
-    """dynamic ReLU(BatchNorm(depthwise convolution(x))) in evaluation; a shuffle in between keeps them two operators."""
+    """Depthwise convolution, BatchNorm, dynamic ReLU in evaluation; two operators if shuffled between."""
     if depthwise.shuffle > 1:
         return mf_kernels.dynamic_relu_(depthwise(x), theta)
     weight, bias = depthwise.folded()
@@ -168,12 +175,12 @@ class SameBlock(TokenBlock):
         tokens, key, value, theta1, theta2 = self.token_side(x, tokens, parameters)
         y = mf_kernels.dynamic_relu_(self.expand(x), theta1)
         y = self.project(depthwise_with_relu(self.depthwise, y, theta2))
-        y = x + y if self.has_skip else y
-        return mf_kernels.former_to_mobile(y, key, value, num_heads=BRIDGE_HEADS), tokens
+        y = add_over(y, x) if self.has_skip else y
+        return mf_kernels.former_to_mobile_(y, key, value, num_heads=BRIDGE_HEADS), tokens
 
 
 class DownBlock(TokenBlock):
-    """Half the resolution: depthwise expansion of stride 2, pointwise, then depthwise expansion and pointwise inside a skip."""
+    """Half the resolution: depthwise of stride 2, pointwise; then depthwise and pointwise inside a skip."""
 
     def __init__(
         self,
@@ -240,5 +247,5 @@ class DownBlock(TokenBlock):
     def _infer(self, x: Tensor, tokens: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         tokens, key, value, theta1, theta2 = self.token_side(x, tokens, parameters)
         middle = self.squeeze(depthwise_with_relu(self.down, x, theta1))
-        y = middle + self.project(depthwise_with_relu(self.expand, middle, theta2))
-        return mf_kernels.former_to_mobile(y, key, value, num_heads=BRIDGE_HEADS), tokens
+        y = add_over(self.project(depthwise_with_relu(self.expand, middle, theta2)), middle)
+        return mf_kernels.former_to_mobile_(y, key, value, num_heads=BRIDGE_HEADS), tokens

@@ -1,15 +1,15 @@
 """The parts blocks are made of: convolution with its norm, dynamic ReLU, the two bridges and the Former.
 
-Legend: B batch, C channels, H W height and width, L = H*W, M tokens, D token width, N heads, E = C/N head width.
-Names of parameters, and their order, follow the published modules one to one (`weights.py` has the table), so that the
-state of an optimizer saved beside a published checkpoint stays in step too.
+Legend: B batch, C channels, H W height and width, L = H*W, M tokens, D token width, N heads, E = C/N head
+width. Names of parameters, and their order, follow the published modules one to one (`keys.py` has the
+table), so that the state of an optimizer saved beside a published checkpoint stays in step too.
 """
 
 from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ __all__ = [
     "DynamicReLU",
     "Former",
     "FormerToMobile",
-    "MobileToFormer",
     "KernelModule",
+    "MobileToFormer",
     "channel_shuffle",
     "convolve",
     "hard_sigmoid",
@@ -39,7 +39,7 @@ FORMER_HEADS = 4
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:
-    """clamp(x + 3, 0, 6) / 6. Not `F.hardsigmoid`: that keeps 1/6 in float32, which a float64 gradient shows."""
+    """clamp(x + 3, 0, 6) / 6. `F.hardsigmoid` keeps 1/6 in float32, which a float64 gradient shows."""
     return (x + 3).clamp(0, 6) / 6
 
 
@@ -51,7 +51,8 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
 class KernelModule(nn.Module):
     """A module whose heavy part is one of the four operators.
 
-    The operators are looked up per call rather than stored: a Python module can be neither copied nor pickled.
+    The operators are looked up per call rather than stored: a Python module can be neither copied nor
+    pickled.
     """
 
     def __init__(self, use_fused: bool) -> None:
@@ -80,14 +81,15 @@ def convolve(
     if groups > 1 and groups == x.shape[1]:
         return ops.depthwise_conv2d(x, weight, bias, stride=stride, activation=activation)
     y = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=groups)
-    return F.relu6(y) if activation == "relu6" else y
+    return F.relu6(y, inplace=not torch.is_grad_enabled()) if activation == "relu6" else y
 
 
 def token_mix(x: Tensor, query: Tensor, size: tuple[int, int]) -> Tensor:
-    """Weights of the tokens at every position: x (B,C,H,W), query (B,M,C) -> (B,M,*size), summing to 1 over M.
+    """Weights of the tokens at every position, of sum 1: x (B,C,H,W), query (B,M,C) -> (B,M,*size).
 
-    The scaled scores of Mobile-to-Former before their softmax, averaged over the heads, pooled to `size`, then a softmax over the
-    tokens. Heads are channel chunks, so the average over heads is one dot product over all channels, divided by N.
+    The scaled scores of Mobile-to-Former before their softmax, averaged over the heads, pooled to `size`,
+    then a softmax over the tokens. Heads are channel chunks, so the average over heads is one dot product
+    over all channels, divided by N.
     """
     scale = (x.shape[1] // BRIDGE_HEADS) ** -0.5 / BRIDGE_HEADS
     scores = torch.einsum("bmc,bchw->bmhw", query * scale, x)
@@ -97,7 +99,7 @@ def token_mix(x: Tensor, query: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class DropPath(nn.Module):
-    """Zero an update for a whole sample with probability `rate` while training, and scale the survivors by 1/(1-rate)."""
+    """In training, zero a sample's update with probability `rate` and scale the others by 1 / (1 - rate)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -115,11 +117,11 @@ class DropPath(nn.Module):
 
 
 class ConvNorm(KernelModule):
-    """activation(BatchNorm(convolution(x))), then a channel shuffle where `shuffle` > 1. No convolution has a bias.
+    """activation(BatchNorm(convolution(x))), then a channel shuffle where `shuffle` > 1; no bias.
 
     x (B,C,H,W) -> (B,C',ceil(H/stride),ceil(W/stride)).
-    With `use_fused`, the running statistics of evaluation mode go into the convolution: weight * scale and one bias, which
-    saves a pass over the map and stays differentiable in every parameter.
+    With `use_fused`, the running statistics of evaluation mode go into the convolution: weight * scale and
+    one bias, which saves a pass over the map and stays differentiable in every parameter.
     """
 
     def __init__(
@@ -164,9 +166,8 @@ class ConvNorm(KernelModule):
     def folded(self) -> tuple[Tensor, Tensor]:
         """(weight, bias) of the one convolution that this is with its running statistics."""
         norm = self.norm
-        return mf_kernels.fold_batch_norm(
-            self.conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
-        )
+        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+        return mf_kernels.fold_batch_norm(self.conv.weight, norm.weight, norm.bias, mean, variance, norm.eps)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         return convolve(
@@ -178,7 +179,7 @@ class ConvNorm(KernelModule):
 
 
 class DynamicReLU(KernelModule):
-    """max(a1 x, a2 x) with slopes made from the tokens: a1 = 2 theta1 in [0, 2], a2 = 2 theta2 - 1 in [-1, 1].
+    """max(a1 x, a2 x) with slopes from the tokens: a1 = 2 theta1 in [0, 2], a2 = 2 theta2 - 1 in [-1, 1].
 
     theta = hsig(expand(relu(reduce(token)))), 2C values: the first C are theta1, the last C are theta2.
     One theta a sample, from token 0, shared by all positions; or, where `mix` is given, one theta a position:
@@ -211,7 +212,8 @@ class DynamicReLU(KernelModule):
 class MobileToFormer(KernelModule):
     """Tokens gather from the map: LN(tokens + project(gate * attention(query(tokens), x, x))).
 
-    The map is key and value as it is, unprojected; the gate is 2 hsig(Linear(tokens)), a factor for every token and channel.
+    The map is key and value as it is, unprojected; the gate is 2 hsig(Linear(tokens)), a factor for every
+    token and channel.
     """
 
     def __init__(self, channels: int, token_dim: int, *, drop_path: float, use_fused: bool) -> None:
@@ -236,10 +238,10 @@ class MobileToFormer(KernelModule):
 
 
 class Former(KernelModule):
-    """A transformer layer on the tokens: attention where only the query is projected, then a feed-forward net; post-norm.
+    """A transformer layer on the tokens, post-norm: attention with only the query projected, feed-forward.
 
-    Keys and values are the raw tokens, exactly as the bridge reads the map. So the attention is the same operator with the
-    tokens as a map of height 1 and width M.
+    Keys and values are the raw tokens, exactly as the bridge reads the map. So the attention is the same
+    operator with the tokens as a map of height 1 and width M.
     """
 
     def __init__(self, token_dim: int, *, drop_path: float, use_fused: bool) -> None:
@@ -261,7 +263,7 @@ class Former(KernelModule):
 
 
 class FormerToMobile(KernelModule):
-    """The map gathers from the tokens: x + attention(x, key(tokens), value(tokens)). No output projection, no norm."""
+    """The map gathers from the tokens: x + attention(x, key(tokens), value(tokens)), without a norm."""
 
     def __init__(self, channels: int, token_dim: int, *, drop_path: float, use_fused: bool) -> None:
         super().__init__(use_fused)
