@@ -138,23 +138,29 @@ class Expectation:
 
 
 @functools.lru_cache(maxsize=16)
-def expectation(case: Case, dtype: torch.dtype, seed: int = 0) -> Expectation:
+def expectation(case: Case, dtype: torch.dtype) -> Expectation:
     """What a row must give for inputs in `dtype`.
 
-    The budget is twice the error that plain PyTorch makes in the same dtype on the same values, plus one
-    rounding: a kernel may sum in another order, and no more. That holds for the root mean square; the largest
-    difference, which a single unlucky sum decides, may be twice that again.
+    The budget is twice the error that plain PyTorch makes in the same dtype, plus one rounding: a kernel may
+    sum in another order, and no more. That holds for the root mean square; the largest difference, which a
+    single unlucky sum decides, may be twice that again. On a few dozen values PyTorch may be lucky: of a small
+    row the worst of a few draws counts.
     """
-    inputs, d_output = case.inputs(dtype, seed=seed), case.d_output(dtype, seed=seed)
     function = case.function(reference)
-    eager = evaluate(function, inputs, d_output)
-    truth = evaluate(function, {name: t.double() for name, t in inputs.items()}, d_output.double())
-    return Expectation(truth, {name: budget(eager[name], truth[name], dtype) for name in truth})
+    truths, budgets = [], []
+    for seed in range(1 if case.layer_of else 4):
+        inputs, d_output = case.inputs(dtype, seed=seed), case.d_output(dtype, seed=seed)
+        eager = evaluate(function, inputs, d_output)
+        truth = evaluate(function, {name: t.double() for name, t in inputs.items()}, d_output.double())
+        truths.append(truth)
+        budgets.append({name: budget(eager[name], truth[name], dtype) for name in truth})
+    allowed = {name: Error(*map(max, zip(*(b[name] for b in budgets), strict=True))) for name in truths[0]}
+    return Expectation(truths[0], allowed)
 
 
 def budget(eager: Tensor, truth: Tensor, dtype: torch.dtype) -> Error:
     """The error that a kernel may make where plain PyTorch in `dtype` computes `eager`."""
-    made, size = error(eager, truth), error(truth, torch.zeros_like(truth))
+    made, size = error(eager, truth), error(torch.zeros_like(truth), truth)
     rounding = _ROUNDING[dtype]
     return Error(2 * made.typical + rounding * size.typical, 2 * (2 * made.largest + rounding * size.largest))
 
@@ -169,11 +175,9 @@ def assert_close(name: str, actual: Tensor, truth: Tensor, allowed: Error, dtype
         raise AssertionError(f"{name}: {made} in {dtype}, allowed {allowed}")
 
 
-def assert_within_budget(
-    case: Case, dtype: torch.dtype, results: dict[str, Tensor], *, seed: int = 0
-) -> None:
-    """Every tensor of `results`, named as `evaluate` names them, is what the row expects."""
-    expected = expectation(case, dtype, seed)
+def assert_within_budget(case: Case, dtype: torch.dtype, results: dict[str, Tensor]) -> None:
+    """Every tensor of `results`, named as `evaluate` names them, is what the row expects for seed 0."""
+    expected = expectation(case, dtype)
     for name, actual in results.items():
         assert_close(f"{case.id}: {name}", actual, expected.truth[name], expected.allowed[name], dtype)
 

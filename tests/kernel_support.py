@@ -1,0 +1,39 @@
+"""What the tests of the kernels share: rows to run them on, what must have served, and fresh processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mf_kernels
+from mf_kernels import testing
+
+OPS = ("mobile_to_former", "former_to_mobile", "dynamic_relu", "depthwise_conv2d")
+
+# One small row of every operator with tails in every axis, for properties that do not depend on the branch.
+SMALL = {
+    op: next(case for case in testing.CASES if case.op == op and branch in case.reaches)
+    for op, branch in zip(OPS, ("6 tokens", "6 tokens", "tails of", "channels over, stride 2"), strict=True)
+}
+
+
+def native(*kernels: str, isa: str) -> dict[str, int]:
+    """What `record_kernels` counts when each of these kernels ran once on the CPU, and nothing else did."""
+    return {f"{kernel}:native:cpu:{isa}": 1 for kernel in kernels}
+
+
+def python(
+    code: str, *arguments: str, package: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh process, every warning shown, `mf_kernels` from `package` or the same as here."""
+    where = package or Path(mf_kernels.__file__).parents[1]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MF_KERNELS_", "PYTHON", "COV_"))}
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code, *arguments],
+        cwd=where,
+        env={**inherited, "PYTHONPATH": str(where), **environment},
+        capture_output=True,
+        text=True,
+    )
