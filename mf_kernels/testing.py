@@ -143,8 +143,8 @@ def expectation(case: Case, dtype: torch.dtype) -> Expectation:
 
     The budget is twice the error that plain PyTorch makes in the same dtype, plus one rounding: a kernel may
     sum in another order, and no more. That holds for the root mean square; the largest difference, which a
-    single unlucky sum decides, may be twice that again. On a few dozen values PyTorch may be lucky: of a small
-    row the worst of a few draws counts.
+    single unlucky sum decides, may be twice that again. On a few dozen values PyTorch may be lucky: of a
+    small row the worst of a few draws counts.
     """
     function = case.function(reference)
     truths, budgets = [], []
