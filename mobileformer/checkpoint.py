@@ -1,8 +1,9 @@
 """Reading weight files from anywhere without running anything in them.
 
-Two kinds, told apart by their first bytes: safetensors, and what `torch.save` wrote (zip or the older pickle stream). The second
-goes through PyTorch's weights-only reader, which builds tensors and plain containers and refuses every other class; the one
-class added to its list is `argparse.Namespace`, a bag of values that training scripts save as `args`.
+Two kinds, told apart by their first bytes: safetensors, and what `torch.save` wrote (zip or the older pickle
+stream). The second goes through PyTorch's weights-only reader, which builds tensors and plain containers and
+refuses every other class; the one class added to its list is `argparse.Namespace`, a bag of values that
+training scripts save as `args`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ class WeightsError(ValueError):
 
 
 def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(state dict with the file's own names, its text metadata; empty unless safetensors). Tensors are on the CPU.
+    """(state dict under the file's own names, its text metadata: none unless safetensors), on the CPU.
 
-    Raises FileNotFoundError, and WeightsError for a file that is empty, cut off, of another kind, or holds anything but weights.
+    Raises FileNotFoundError, and WeightsError for a file that is empty, cut off, of another kind, or holds
+    anything but weights.
     """
     path = Path(path)
     if _is_safetensors(path):
@@ -50,7 +52,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def unwrap_state(state: Any, *, name: str) -> dict[str, Tensor]:
-    """The flat {key: tensor} inside what a training script saved: below `state_dict`, without `module.` before every key."""
+    """The flat {key: tensor} of a saved training state, maybe below `state_dict` or behind `module.`."""
     if not isinstance(state, Mapping):
         raise WeightsError(f"{name}: expected a dict of tensors, got {type(state).__name__}")
     if isinstance(state.get("state_dict"), Mapping):
@@ -59,7 +61,9 @@ def unwrap_state(state: Any, *, name: str) -> dict[str, Tensor]:
         raise WeightsError(f"{name}: holds no weights")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise WeightsError(f"{name}: expected tensors under text keys, got {type(value).__name__} under {key!r}")
+            raise WeightsError(
+                f"{name}: expected tensors under text keys, got {type(value).__name__} under {key!r}"
+            )
     while prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return dict(state)

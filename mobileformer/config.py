@@ -20,13 +20,15 @@ BlockKind = Literal["lite", "same", "down"]
 
 @dataclass(frozen=True, slots=True)
 class BlockConfig:
-    """One block. `expansion` is that of the first convolution; a down block has a second one, of its output channels.
+    """One block. A down block has two expansions: of its input channels, then of its output channels.
 
-    | kind | convolutions                                                       | stride   | tokens |
-    |------|--------------------------------------------------------------------|----------|--------|
-    | lite | depthwise, pointwise                                               | 1 or 2   | passed |
-    | same | pointwise, depthwise, pointwise                                    | 1        | yes    |
-    | down | depthwise (stride 2), pointwise, depthwise, pointwise, inner skip  | 2        | yes    |
+    ====  ================================================================  ======  ===========
+    kind  convolutions                                                      stride  tokens
+    ====  ================================================================  ======  ===========
+    lite  depthwise, pointwise                                              1 or 2  passed on
+    same  pointwise, depthwise, pointwise                                   1       both ways
+    down  depthwise (stride 2), pointwise, depthwise, pointwise             2       both ways
+    ====  ================================================================  ======  ===========
     """
 
     kind: BlockKind
@@ -40,17 +42,19 @@ class BlockConfig:
 class VariantConfig:
     """One published network.
 
-    | field           | meaning                                                                              |
-    |-----------------|--------------------------------------------------------------------------------------|
-    | stem_channels   | channels after the first convolution (stride 2)                                      |
-    | blocks          | the blocks in order                                                                  |
-    | num_tokens      | M, global tokens                                                                     |
-    | token_dim       | D, their width                                                                       |
-    | hidden_features | width between the two linear layers of the classifier                                |
-    | groups          | groups of every pointwise convolution; above 1 with channel shuffles                 |
-    | num_parameters  | exact count with 3 input channels and 1000 classes                                   |
-    | published_madds | multiply-adds in millions as in the name (fvcore's counter rounds to the same)       |
-    | published_top1  | ImageNet-1k top-1 in percent at 224 x 224, as the authors' README states             |
+    ===============  =================================================================================
+    field            meaning
+    ===============  =================================================================================
+    stem_channels    channels after the first convolution, whose stride is 2
+    blocks           the blocks in order
+    num_tokens       M, global tokens
+    token_dim        D, their width
+    hidden_features  width between the two linear layers of the classifier
+    groups           groups of every pointwise convolution; above 1 with channel shuffles
+    num_parameters   exact count with 3 input channels and 1000 classes
+    published_madds  multiply-adds in millions, as in the name; what the authors counted is not known
+    published_top1   ImageNet-1k top-1 in percent at 224 x 224, as the authors' README states
+    ===============  =================================================================================
     """
 
     name: str

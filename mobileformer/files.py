@@ -15,8 +15,8 @@ __all__ = ["replacing"]
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success it is renamed to `path`, on an error it is removed.
 
-    The same folder, so that the rename stays within one file system and is atomic. Raises what the body raises, and
-    FileNotFoundError when the folder does not exist.
+    The same folder, so that the rename stays within one file system and is atomic. Raises what the body
+    raises, and FileNotFoundError when the folder does not exist.
     """
     target = Path(path)
     if not target.parent.is_dir():

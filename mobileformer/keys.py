@@ -1,7 +1,7 @@
 """The names of parameters: ours beside the published ones, as one table that is read in both directions.
 
-A row names a module; what hangs below it (weight, bias, running_mean, running_var, num_batches_tracked) has the same name on
-both sides. Rows stand in the published order, which is also the order of our own state dict.
+A row names a module; what hangs below it (weight, bias, running_mean, running_var, num_batches_tracked) has
+the same name on both sides. Rows stand in the published order, which is also the order of our own state dict.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _TOKENS = ("tokens", "tokens.weight")  # the one parameter that is no module her
 
 
 def module_names(config: VariantConfig) -> dict[str, str]:
-    """Our module names -> the published ones, all that hold state but the token table, in the published order."""
+    """Our module names -> the published ones, for all state but the token table, in the published order."""
     names = dict(_BEFORE_BLOCKS)
     for index, block in enumerate(config.blocks):
         for ours, official in _BLOCKS[block.kind]:
@@ -87,14 +87,14 @@ def module_names(config: VariantConfig) -> dict[str, str]:
 
 
 def to_official(keys: Iterable[str], config: VariantConfig) -> dict[str, str]:
-    """Map each of our keys to its published one; a key that no row covers is left out. The order of `keys` is kept."""
-    return _translate(keys, module_names(config), dict([_TOKENS]))
+    """Each of our keys -> its published one, in the order of `keys`; one that no row covers is left out."""
+    return _translate(keys, module_names(config), {_TOKENS[0]: _TOKENS[1]})
 
 
 def to_ours(keys: Iterable[str], config: VariantConfig) -> dict[str, str]:
-    """Map each published key to ours; a key that no row covers is left out. The order of `keys` is kept."""
+    """Each published key -> ours, in the order of `keys`; one that no row covers is left out."""
     reverse = {official: ours for ours, official in module_names(config).items()}
-    return _translate(keys, reverse, dict([_TOKENS[::-1]]))
+    return _translate(keys, reverse, {_TOKENS[1]: _TOKENS[0]})
 
 
 def _translate(keys: Iterable[str], modules: Mapping[str, str], whole: Mapping[str, str]) -> dict[str, str]:

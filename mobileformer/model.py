@@ -21,7 +21,12 @@ MIN_SIZE = 32  # the stride of the last map
 
 
 class Head(nn.Module):
-    """pointwise C -> 6C . BatchNorm . ReLU6 . mean over positions . hswish; with token 0 -> Linear . BatchNorm . hswish -> Linear."""
+    """The classifier.
+
+    pooled = hswish(mean over positions(ReLU6(BatchNorm(pointwise(features), C -> 6C))))
+    hidden = hswish(BatchNorm(fc([pooled, token 0])))
+    logits = classifier(dropout(hidden))
+    """
 
     def __init__(self, config: VariantConfig, num_classes: int, *, drop_rate: float, use_fused: bool) -> None:
         super().__init__()
@@ -36,7 +41,7 @@ class Head(nn.Module):
         self.classifier = nn.Linear(config.hidden_features, num_classes)
 
     def forward(self, features: Tensor, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """features (B,C,H,W), tokens (B,M,D) -> logits (B,classes), or (B,hidden) before dropout with `pre_logits`."""
+        """features (B,C,H,W), tokens (B,M,D) -> logits (B,classes), or hidden with `pre_logits`."""
         joint = torch.cat([self.pool(features), tokens[:, 0]], dim=1)
         hidden = F.hardswish(self.norm(self.fc(joint)))
         return hidden if pre_logits else self.classifier(self.dropout(hidden))
@@ -49,36 +54,44 @@ class Head(nn.Module):
 
 
 class Model(nn.Module):
-    """Mobile-Former (arXiv 2108.05895): a MobileNet-like trunk and a few global tokens, in step, with a bridge each way.
+    """Mobile-Former (arXiv 2108.05895): a light convolutional trunk and a few tokens, with a bridge each way.
 
-    | argument             | meaning                                                                                     |
-    |----------------------|---------------------------------------------------------------------------------------------|
-    | variant              | "26m", "52m", "96m", "151m", "214m", "294m" or "508m"                                       |
-    | num_classes          | width of the last layer, at least 1                                                         |
-    | in_chans             | channels of the input, at least 1                                                           |
-    | use_fused            | True: the operators of `mf_kernels`, channels_last inside, BatchNorm folded on the fly in   |
-    |                      | evaluation mode. False: plain PyTorch, layer by layer; no compiled library is ever touched. |
-    |                      | The same state dict and the same numbers either way.                                        |
-    | drop_rate            | dropout before the last layer, in [0, 1)                                                    |
-    | drop_path_rate       | stochastic depth, in [0, 1); block i of n has rate * (i + 1) / n                            |
-    | spatial_dynamic_relu | slopes of dynamic ReLU for every position, mixed over all tokens by the scores of the       |
-    |                      | bridge, in place of one slope a channel from token 0. Same parameters. Its slopes vary by   |
-    |                      | position, which the fused operator does not know: that part runs in plain PyTorch.          |
+    ====================  ==============================================================================
+    argument              meaning
+    ====================  ==============================================================================
+    variant               "26m", "52m", "96m", "151m", "214m", "294m" or "508m"
+    num_classes           width of the last layer, at least 1
+    in_chans              channels of the input, at least 1
+    use_fused             True: the operators of `mf_kernels`, a layout to their liking inside, BatchNorm
+                          folded on the fly in evaluation mode. False: plain PyTorch, layer by layer; no
+                          compiled library is ever touched. The same state dict and numbers either way.
+    drop_rate             dropout before the last layer, in [0, 1)
+    drop_path_rate        stochastic depth, in [0, 1); block i of n has rate * (i + 1) / n
+    spatial_dynamic_relu  slopes of dynamic ReLU for every position, mixed over all tokens by the scores
+                          of the bridge, in place of one slope a channel from token 0. The parameters
+                          are the same. The fused operator knows no slopes by position: that part runs
+                          in plain PyTorch.
+    ====================  ==============================================================================
 
-    Stochastic depth acts where the published code has it: on the residual of a same block, the inner branch of a down block,
-    and the updates of the two bridges and the Former's attention (not its feed-forward net, not lite blocks; the last bridge
-    has the full rate). It drops an update per sample. The published code, holding its tokens first, drops one token of the
-    whole batch at a time instead; every published recipe has rate 0.
+    Stochastic depth acts where the published code has it: on the residual of a same block, the inner branch
+    of a down block, and the updates of both bridges and of the Former's attention (not its feed-forward net,
+    not lite blocks; the last bridge has the full rate). It drops an update per sample. The published code,
+    holding its tokens first, drops a token of the whole batch instead; every published recipe has rate 0.
 
-    | tensor   | shape                              | dtype                                                              |
-    |----------|------------------------------------|--------------------------------------------------------------------|
-    | x        | (B, in_chans, H, W), H and W >= 32 | that of the parameters (any floating dtype under autocast)         |
-    | features | (B, C, ceil(H/32), ceil(W/32))     | same; every stage of stride 2 rounds up                            |
-    | tokens   | (B, M, D)                          | same                                                               |
-    | logits   | (B, num_classes)                   | same                                                               |
+    ========  ==================================  ========================================================
+    tensor    shape                               dtype
+    ========  ==================================  ========================================================
+    x         (B, in_chans, H, W), H and W >= 32  the parameters' (any floating dtype under autocast)
+    features  (B, C, ceil(H/32), ceil(W/32))      the same; every stage of stride 2 rounds up
+    tokens    (B, M, D)                           the same
+    logits    (B, num_classes)                    the same
+    ========  ==================================  ========================================================
 
-    Initialisation as published: convolutions N(0, sqrt(2 / (k k out_channels))), linear layers N(0, 0.01) with bias 0, tokens
-    N(0, 1), norms 1 and 0. Raises ValueError for an argument or a shape out of range, TypeError for a wrong dtype.
+    Initialisation as published: convolutions N(0, sqrt(2 / (k k out_channels))), linear layers N(0, 0.01)
+    with bias 0, tokens N(0, 1), norms 1 and 0.
+
+    Raises ValueError for an argument or a shape out of range, TypeError for a wrong dtype.
+    Source: the paper's section 3 and, where it is silent, the authors' code.
     """
 
     def __init__(
@@ -141,11 +154,12 @@ class Model(nn.Module):
         return self.forward_head(features, tokens)
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B,in_chans,H,W) -> features (B,C,ceil(H/32),ceil(W/32)), tokens (B,M,D) after the last bridge."""
+        """x (B,in_chans,H,W) -> features (B,C,ceil(H/32),ceil(W/32)), tokens (B,M,D) of the last bridge."""
         self._check_input(x)
         if self._use_fused:
-            # Once, here: every operator and convolution after it keeps the layout of its input. Grouped convolutions are
-            # several times slower in channels_last, so the variant that has them stays with planes.
+            # Once, here: every operator and convolution after it keeps the layout of its input. Grouped
+            # convolutions are several times slower in channels_last, so the variant that has them stays with
+            # planes.
             planes = self.config.groups > 1
             x = x.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
         tokens = self.tokens.repeat(x.shape[0], 1, 1)
@@ -155,21 +169,24 @@ class Model(nn.Module):
         return x, self.mobile_to_former(x, tokens)
 
     def forward_head(self, features: Tensor, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """What `forward_features` returned -> logits (B,num_classes), or the (B,hidden) vector before them."""
+        """What `forward_features` gave -> logits (B,num_classes), or the vector (B,hidden) before them."""
         return self.head(features, tokens, pre_logits)
 
     def to_inference(self, dtype: torch.dtype = torch.float32, threads: int | None = None) -> InferenceModel:
-        """A copy for inference: BatchNorm folded into convolutions and linear layers, constants worked out. Same call, same logits.
+        """A copy for inference, BatchNorm folded into convolutions and linear layers. Same call, same logits.
 
-        | argument | meaning                                                                                               |
-        |----------|-------------------------------------------------------------------------------------------------------|
-        | dtype    | of the arithmetic: torch.float32, torch.bfloat16 or torch.float64. The input may have any floating    |
-        |          | dtype, and the logits come back in it.                                                                |
-        | threads  | CPU threads of a call. PyTorch has one count for the process: it is set when the call starts and put  |
-        |          | back when it ends. None leaves it alone (and is what torch.compile and torch.export want).            |
+        ========  =======================================================================================
+        argument  meaning
+        ========  =======================================================================================
+        dtype     of the arithmetic: torch.float32, torch.bfloat16 or torch.float64. The input may have
+                  any floating dtype, and the logits come back in it.
+        threads   CPU threads of a call. PyTorch has one count for the whole process: it is set when the
+                  call starts and put back when it ends. None leaves it alone, which is what
+                  torch.compile and torch.export want.
+        ========  =======================================================================================
 
-        Later changes to this model do not reach the copy. It keeps `use_fused` and the device. Raises ValueError for another dtype
-        or a thread count below 1.
+        Later changes to this model do not reach the copy, which keeps `use_fused` and the device.
+        Raises ValueError for another dtype or a thread count below 1.
         """
         from mobileformer.inference.fold import InferenceModel
 
@@ -192,9 +209,13 @@ class Model(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 4:
-            raise ValueError(f"x: expected 4 dimensions (B, {self.in_chans}, H, W), got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"x: expected 4 dimensions (B, {self.in_chans}, H, W), got shape {tuple(x.shape)}"
+            )
         if x.shape[1] != self.in_chans:
-            raise ValueError(f"x: expected {self.in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
+            raise ValueError(
+                f"x: expected {self.in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)})"
+            )
         if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
             raise ValueError(
                 f"x: expected height and width of at least {MIN_SIZE}, got {x.shape[2]} x {x.shape[3]}"

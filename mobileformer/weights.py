@@ -40,7 +40,11 @@ _CLASSES_KEY, _CHANNELS_KEY = "head.classifier.weight", "stem.conv.weight"
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What a weight file says of itself. `labels`: one name a class. `mean`, `std`: one number a channel, for pixels in [0, 1]."""
+    """What a weight file says of itself.
+
+    labels: one name a class. mean, std: one number a channel, of what the input is normalised with (pixels in
+    [0, 1]).
+    """
 
     variant: str
     num_classes: int
@@ -59,18 +63,20 @@ def load_weights(
 ) -> None:
     """Copy weights into `model`, all of them or none.
 
-    | source                           | accepted                                                                           |
-    |----------------------------------|------------------------------------------------------------------------------------|
-    | path                             | safetensors; or a published `.pth.tar`: what `torch.save` wrote, read weights-only |
-    | dict                             | {key: tensor}, or one that holds it under "state_dict"                             |
-    | keys                             | ours or the published ones, told apart by themselves; `module.` before all or none |
+    ======  =============================================================================================
+    source  accepted
+    ======  =============================================================================================
+    path    safetensors; or a published `.pth.tar`: what `torch.save` wrote, read as weights only
+    dict    {key: tensor}, or one that holds it under "state_dict"
+    keys    ours or the published ones, told apart by themselves; `module.` before all of them or none
+    ======  =============================================================================================
 
-    Values are converted to the dtype and device of the model. With `allow_new_head`, a file for another number of classes
-    is taken too, and the last linear layer stays as it is.
+    Values are converted to the dtype and device of the model. With `allow_new_head`, a file for another
+    number of classes is taken too, and the last linear layer stays as it is.
 
-    Raises FileNotFoundError, and WeightsError (a ValueError) that names every missing, unexpected or wrong-shaped key, every
-    value that is not finite or not a floating-point number, and files that are cut off or hold more than weights.
-    Warns when the file was saved from a model with another `spatial_dynamic_relu`.
+    Raises FileNotFoundError, and WeightsError (a ValueError) that names every missing, unexpected or
+    wrong-shaped key, every value that is not finite or no floating-point number, and files that are cut off
+    or hold more than weights. Warns when the file was saved from a model with another `spatial_dynamic_relu`.
     """
     name, state, metadata = _read(path_or_state_dict)
     _copy_into(_bare(model), name, state, metadata, allow_new_head)
@@ -97,7 +103,7 @@ def load_model(path: str | os.PathLike[str], *, use_fused: bool = True) -> Model
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata:
-    """What the file says of itself; for a published checkpoint, what its shapes say. Raises as `load_model`."""
+    """What the file says of itself, or what the shapes of a published one say. Raises as `load_model`."""
     metadata = _parse_metadata(read_header(path), str(path))
     return metadata if metadata is not None else _infer_metadata(read_state(path)[0], str(path))
 
@@ -112,9 +118,9 @@ def save_weights(
 ) -> None:
     """Write a safetensors file that describes itself: our names, and as text metadata what `Metadata` holds.
 
-    labels: one name a class, in order. mean, std: one number a channel, what the input was normalised with (pixels in [0, 1]);
-    for 3 channels ImageNet's when not given. The file appears whole or not at all.
-    Raises ValueError when there are not as many labels as classes, or numbers as channels.
+    labels: one name a class, in order. mean, std: one number a channel, what the input was normalised with
+    (pixels in [0, 1]); for 3 channels ImageNet's when not given. The file appears whole or not at all. Raises
+    ValueError when there are not as many labels as classes, or numbers as channels.
     """
     model = _bare(model)
     if model.in_chans == len(IMAGENET_MEAN):
@@ -140,14 +146,14 @@ def save_weights(
 
 
 def official_state_dict(model: Model) -> dict[str, Tensor]:
-    """The weights under the published names, in the published order. The tensors are the model's own, detached."""
+    """The weights under the published names, in the published order: the model's own tensors, detached."""
     model = _bare(model)
     state = model.state_dict()
     return {official: state[ours] for ours, official in to_official(state, model.config).items()}
 
 
 def save_official_checkpoint(model: Model, path: str | os.PathLike[str]) -> None:
-    """Write what the published code reads: `torch.save` of {"state_dict": ...} under its names. Whole or not at all."""
+    """Write what the published code reads, {"state_dict": ...} under its names. Whole or not at all."""
     state = {key: value.cpu() for key, value in official_state_dict(model).items()}
     with replacing(path) as temporary:
         torch.save({"state_dict": state}, temporary)
@@ -202,7 +208,7 @@ def _copy_into(
 
 
 def _our_names(state: dict[str, Tensor], model: Model, name: str) -> tuple[bool, dict[str, Tensor]]:
-    """(whether the names are the published ones, the state under ours). Keys nobody knows keep their own names."""
+    """(whether the names are the published ones, the state under ours). Unknown keys keep their names."""
     ours = to_official(state, model.config)
     official = to_ours(state, model.config)
     if not ours and not official:
@@ -227,7 +233,8 @@ def _problems(
             hint = " (allow_new_head=True keeps the model's own last layer)" if key in _NEW_HEAD else ""
             lines.append(f"wrong shape: {label} is {_shape(value)}, the model has {_shape(target)}{hint}")
         elif value.is_complex() or (target.is_floating_point() and not value.is_floating_point()):
-            # The other way round is fine: scripts that shorten a state dict turn its batch counters into floats too.
+            # The other way round is fine: scripts that shorten a state dict turn its batch counters into
+            # floats too.
             lines.append(f"wrong dtype: {label} is {value.dtype}, the model has {target.dtype}")
         elif value.is_floating_point() and not bool(torch.isfinite(value).all()):
             lines.append(f"not finite: {label} holds NaN or infinity")
@@ -291,7 +298,12 @@ def _infer_metadata(state: dict[str, Tensor], name: str) -> Metadata:
             key in named and (named[key].shape == shape or key == _CHANNELS_KEY)
             for key, shape in shapes.items()
         )
-        if fits and named[_CHANNELS_KEY].ndim == 4 and _CLASSES_KEY in named and named[_CLASSES_KEY].ndim == 2:
+        if (
+            fits
+            and named[_CHANNELS_KEY].ndim == 4
+            and _CLASSES_KEY in named
+            and named[_CLASSES_KEY].ndim == 2
+        ):
             in_chans = named[_CHANNELS_KEY].shape[1]
             imagenet = in_chans == len(IMAGENET_MEAN)
             return Metadata(

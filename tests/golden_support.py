@@ -1,7 +1,7 @@
-"""What the tests share about the golden files: models with the recipe's weights, and every quantity under its golden name.
+"""What tests share about the golden files: models with the recipe's weights, quantities under golden names.
 
-The files hold sampled values, statistics and full vectors of the published implementation in float64, for weights and images
-that `golden/recipe.py` makes from nothing but names and seeds.
+The files hold sampled values, statistics and full vectors of the published implementation in float64, for
+weights and images that `golden/recipe.py` makes from nothing but names and seeds.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def recipe_model(variant: str, *, dtype: torch.dtype = torch.float64, **kwargs) 
     return model.to(dtype).eval()
 
 
-def recipe_image(batch: int, height: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def recipe_image(
+    batch: int, height: int, width: int, seed: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
     return torch.from_numpy(recipe.image(batch, height, width, seed)).to(dtype)
 
 
@@ -108,7 +110,7 @@ def capture(model: Model, x: Tensor) -> dict[str, Tensor]:
 
 
 def summarise(name: str, value: Tensor) -> dict[str, np.ndarray]:
-    """The form in which the golden files keep a large map: shape, mean, standard deviation, largest magnitude, 64 samples."""
+    """How the golden files keep a map: shape, mean, standard deviation, largest magnitude, 64 samples."""
     array = value.detach().contiguous().numpy()
     flat = array.reshape(-1)
     return {

@@ -1,6 +1,7 @@
-"""The model against the published implementation: float64, every quantity of every golden file, with and without fusion.
+"""The model against the published one: float64, every quantity of every golden file, fused and plain.
 
-What fails here names the first quantity that is off, in the order of execution, so the fault lies just before it.
+What fails here names the first quantity that is off, in the order of execution, so the fault lies just before
+it.
 """
 
 from __future__ import annotations
@@ -22,16 +23,60 @@ from mobileformer.keys import to_official
 TOLERANCE = 1e-9
 TRAIN_LABELS = [1, 10, 100, 999]
 
-# variant: first four logits of image 0, sum of the logits, first two of image 1 at 192 x 256, training loss, sha256 of the state
+# First four logits of image 0, sum of all, first two of image 1 at 192 x 256, training loss, sha256 of the
+# state. fmt: off
 SPOT_VALUES = {
-    "26m": ((1.02763038, -0.08504448, 1.13806558, -0.32212890), -16.920016, (1.90350497, 0.00352170), 7.02369715, "035ddebb6ca6"),
-    "52m": ((0.12545999, 1.82156012, 1.19107751, -0.14879551), 100.885196, (0.17761438, 1.88240440), 6.50534428, "8bbb2280fba9"),
-    "96m": ((0.75697589, -2.43247046, 0.11565583, -1.07848869), -88.294374, (0.35235494, -2.76865436), 7.17090916, "3fe9ecf92f70"),
-    "151m": ((-0.58694192, -0.46740692, 3.46305768, -0.23603994), 147.870053, (-0.55921150, 0.69313611), 7.32997031, "91c94c1ba5ca"),
-    "214m": ((1.02711118, -0.80177024, -2.04099253, -0.76484061), -98.408715, (0.81011031, -0.95699823), 7.33133217, "196e00eb8a35"),
-    "294m": ((-0.49709852, 0.85937317, 0.29237363, -1.16149886), 214.475164, (1.36410931, 1.15971665), 6.87362454, "ebd4b0ec3613"),
-    "508m": ((1.79074013, 0.20910434, 3.39424555, -3.63051933), 18.259247, (1.31190378, 0.20645336), 7.03967617, "1080bdd0da01"),
-}  # fmt: skip
+    "26m": (
+        (1.02763038, -0.08504448, 1.13806558, -0.32212890),
+        -16.920016,
+        (1.90350497, 0.00352170),
+        7.02369715,
+        "035ddebb6ca6",
+    ),
+    "52m": (
+        (0.12545999, 1.82156012, 1.19107751, -0.14879551),
+        100.885196,
+        (0.17761438, 1.88240440),
+        6.50534428,
+        "8bbb2280fba9",
+    ),
+    "96m": (
+        (0.75697589, -2.43247046, 0.11565583, -1.07848869),
+        -88.294374,
+        (0.35235494, -2.76865436),
+        7.17090916,
+        "3fe9ecf92f70",
+    ),
+    "151m": (
+        (-0.58694192, -0.46740692, 3.46305768, -0.23603994),
+        147.870053,
+        (-0.55921150, 0.69313611),
+        7.32997031,
+        "91c94c1ba5ca",
+    ),
+    "214m": (
+        (1.02711118, -0.80177024, -2.04099253, -0.76484061),
+        -98.408715,
+        (0.81011031, -0.95699823),
+        7.33133217,
+        "196e00eb8a35",
+    ),
+    "294m": (
+        (-0.49709852, 0.85937317, 0.29237363, -1.16149886),
+        214.475164,
+        (1.36410931, 1.15971665),
+        6.87362454,
+        "ebd4b0ec3613",
+    ),
+    "508m": (
+        (1.79074013, 0.20910434, 3.39424555, -3.63051933),
+        18.259247,
+        (1.31190378, 0.20645336),
+        7.03967617,
+        "1080bdd0da01",
+    ),
+}
+# fmt: on
 
 
 @dataclass
@@ -52,7 +97,9 @@ class Run:
 
 def official_gradients(model: Model) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
-    return {official: parameters[ours].grad for ours, official in to_official(parameters, model.config).items()}
+    return {
+        official: parameters[ours].grad for ours, official in to_official(parameters, model.config).items()
+    }
 
 
 def run_file(file: str, use_fused: bool) -> Run:
@@ -192,7 +239,7 @@ def test_float32_logits(file: str, use_fused: bool) -> None:
 
 @pytest.mark.parametrize("file", ["26m", "96m", "294m", "26m_spatial", "294m_spatial"])
 def test_inference_copy(file: str) -> None:
-    """float64 as exact as the model, float32 as close as asked, bfloat16 no further off than twice eager bfloat16."""
+    """float64 as exact as the model, float32 as asked, bfloat16 within twice the error of eager bfloat16."""
     variant, _, mode = file.partition("_")
     golden = golden_file(file)["logits_224"]
     image = recipe_image(2, 224, 224, seed=1)
@@ -216,7 +263,7 @@ def train_step(model: Model) -> tuple[Tensor, Tensor]:
 
 
 def check_gradients(gradients: dict[str, Tensor], golden: dict[str, np.ndarray], prefix: str) -> None:
-    """Rounding grows with the largest gradient, which is thousands; the key bias of a bridge has exactly none, by symmetry."""
+    """Rounding grows with the largest gradient, in the thousands; a bridge's key bias has exactly none."""
     norms, projections = golden[f"{prefix}/norm"], golden[f"{prefix}/proj"]
     tolerance = TOLERANCE + 1e-11 * norms.max()
     keys = golden["param_keys"].tolist()

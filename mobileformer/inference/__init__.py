@@ -1,4 +1,4 @@
-"""Running a trained network and nothing else. Names are loaded on first use, so that importing this needs no torch."""
+"""Running a trained network and nothing else. Names load on first use: importing this needs no torch."""
 
 from __future__ import annotations
 

@@ -1,18 +1,15 @@
 """A model for inference only: the same blocks, with every BatchNorm worked into what stands before it.
 
-| leaf           | becomes                                                                                          |
-|----------------|--------------------------------------------------------------------------------------------------|
-| ConvNorm       | one convolution: weight * scale, bias - mean * scale, with scale = norm.weight / sqrt(var + eps) |
-| head.fc, .norm | one linear layer, likewise                                                                       |
-
-Computed in float64 and rounded once.
+With scale = norm.weight / sqrt(running_var + eps), a ConvNorm becomes one convolution of weight * scale and
+the bias norm.bias - running_mean * scale, and the first linear layer of the classifier takes in its norm in
+the same way. Computed in float64 and rounded once.
 """
 
 from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class InferenceModel(nn.Module):
-    """What `Model.to_inference` returns: called like the model, same logits; it cannot be trained, nor saved as weights."""
+    """What `Model.to_inference` returns: called like the model, same logits; neither trained nor saved."""
 
     def __init__(self, model: Model, *, dtype: torch.dtype, threads: int | None) -> None:
         super().__init__()
@@ -50,7 +47,8 @@ class InferenceModel(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"x: expected a floating-point dtype, got {x.dtype}")
         threads = nullcontext() if self.threads is None else thread_count(self.threads)
-        # Nothing here needs a gradient but the input may, for a saliency map say; the fastest operators come without.
+        # Nothing here needs a gradient but the input may, for a saliency map say; the fastest operators come
+        # without.
         gradient = nullcontext() if x.requires_grad else torch.no_grad()
         with threads, gradient:
             return self.network(x.to(self.network.tokens.dtype)).to(x.dtype)
@@ -105,10 +103,11 @@ def _fold_head(head: Head) -> None:
     scale, shift = _scale_and_shift(head.norm)
     head.fc.weight.mul_(scale[:, None])
     head.fc.bias.mul_(scale).add_(shift)
-    head.norm = nn.Identity()
+    head.register_module("norm", nn.Identity())
 
 
-def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """What a BatchNorm does to a channel with its running statistics: times the first, plus the second."""
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return scale, norm.bias - norm.running_mean * scale
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    return scale, norm.bias - mean * scale

@@ -19,8 +19,8 @@ _before = 1
 def thread_count(threads: int) -> Iterator[None]:
     """Set PyTorch's number of CPU threads, and put back what was there.
 
-    That number belongs to the process, not to the call. Where calls overlap in time, the count of the latest one to enter
-    holds for all of them, and the last one to leave restores what the first one found.
+    That number belongs to the process, not to the call. Where calls overlap in time, the count of the latest
+    one to enter holds for all of them, and the last one to leave restores what the first one found.
     """
     global _inside, _before
     with _lock:
