@@ -1,7 +1,7 @@
 """Which kernel serves a call: asked for, or chosen; with a reason for every kernel that cannot.
 
 A backend is "native" (C++ on CPU, CUDA C++ on CUDA), "triton" or "reference" (plain PyTorch). "auto" takes the first
-of `PREFERENCE` that can serve the operator on that device and dtype, and says so once when that is the reference.
+of `_preference` that can serve the operator on that device and dtype, and says so once when that is the reference.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import importlib
-import importlib.util
 import os
 import threading
 import warnings
@@ -18,11 +16,10 @@ from collections.abc import Iterator
 
 import torch
 
-from mf_kernels import _native
+from mf_kernels import _native, _preference, _triton
 
 OPS = ("mobile_to_former", "former_to_mobile", "dynamic_relu", "depthwise_conv2d")
 BACKENDS = ("auto", "reference", "native", "triton")
-PREFERENCE = {"cpu": ("native",), "cuda": ("triton", "native")}
 MAX_TOKENS = 8
 _DTYPES = {
     ("native", "cpu"): (torch.float32, torch.float64, torch.bfloat16),
@@ -98,7 +95,7 @@ def _resolve(op: str, requested: str, device: str, dtype: torch.dtype, too_many_
     """The backend, and for a reference that nobody asked for the reasons; raises for an explicit one that cannot."""
     if requested == "reference" or device == "meta":
         return "reference", ""
-    candidates = PREFERENCE.get(device, ()) if requested == "auto" else (requested,)
+    candidates = _preference.backends(op, device) if requested == "auto" else (requested,)
     reasons = {backend: why_not(op, backend, device, dtype, too_many_tokens) for backend in candidates}
     for backend, reason in reasons.items():
         if reason is None:
@@ -115,43 +112,30 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype, too_many_tok
     dtypes = _DTYPES.get((backend, device))
     if dtypes is None:
         return f"no kernels for device {device!r}"
-    missing = _native.load(device) if backend == "native" else _triton_missing(op, device)
+    missing = _native.load(device) if backend == "native" else _triton.missing(op, device)
     if missing is not None:
         return missing
     if dtype not in dtypes:
         return f"no kernel for {dtype}, only {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
     if too_many_tokens:
         return f"more than {MAX_TOKENS} tokens"
+    if backend == "triton" and device == "cuda":
+        return _triton.does_not_compile(op, dtype)
     return None
 
 
 def helper_missing(op: str, device: str) -> bool:
     """Whether a helper (an operator that only rearranges PyTorch's own arithmetic) has to do without its kernel.
 
-    A helper falls back without a warning: it has no fused form to miss, only a slower equal.
+    A helper falls back without a warning: it has no fused form to miss, only a slower equal. Triton has none.
     """
     requested = _last_requested if torch.compiler.is_compiling() else _requested.backend
-    return requested == "reference" or _helper_kernel_missing(op, device)
+    return requested in ("reference", "triton") or _helper_kernel_missing(op, device)
 
 
 @torch.compiler.assume_constant_result
 def _helper_kernel_missing(op: str, device: str) -> bool:
     return _native.load(device) is not None
-
-
-def _triton_missing(op: str, device: str) -> str | None:
-    # find_spec imports the parent and raises when there is none
-    if any(importlib.util.find_spec(name) is None for name in ("mf_kernels.triton", f"mf_kernels.triton.{op}")):
-        return "this package holds no Triton kernel for this operator"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
-    try:
-        importlib.import_module(f"mf_kernels.triton.{op}")
-    except ImportError as error:
-        return f"triton does not import: {error}"
-    return None
 
 
 def _fall_back(op: str, reasons: str) -> None:

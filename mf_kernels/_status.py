@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mf_kernels import _native, _registry
+from mf_kernels import _native, _preference, _registry
 
 
 def status() -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def status() -> list[dict[str, Any]]:
     """
     rows = []
     for op in _registry.OPS:
-        for device, preference in _registry.PREFERENCE.items():
+        for device in _preference.DEVICES:
             present = device == "cpu" or torch.cuda.is_available()
             reasons = {
                 backend: _registry.why_not(op, backend, device, torch.float32)
@@ -34,7 +34,8 @@ def status() -> list[dict[str, Any]]:
                 else "this machine has no CUDA device"
                 for backend in ("native", "triton")
             }
-            automatic = next((backend for backend in preference if reasons[backend] is None), None)
+            tried = _preference.backends(op, device)
+            automatic = next((backend for backend in tried if reasons[backend] is None), None)
             rows += [
                 {
                     "op": op,

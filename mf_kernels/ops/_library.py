@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mf_kernels import _registry
+from mf_kernels import _registry, _triton
 
 Overloads = dict[str, Callable[..., Any]]
 
@@ -23,6 +23,8 @@ def define(name: str, signature: str, fake: Callable[..., Any]) -> Overloads:
         qualified = f"mf_kernels::{name}.{backend}"
         torch.library.define(qualified, signature, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(qualified, fake)
+        if backend == "triton" and name.removesuffix("_fwd").removesuffix("_bwd") in _registry.OPS:
+            _triton.register(name, _registry.count_served)
         overloads[backend] = getattr(getattr(torch.ops.mf_kernels, name), backend)
     return overloads
 

@@ -1,0 +1,33 @@
+"""Which kernel `auto` takes on each device, operator by operator, and the measurement that says so.
+
+On CUDA, Triton comes first until a committed result of a real card shows that the CUDA C++ kernel of an
+operator is right and faster. Such a change names its file under `benchmarks/results/`; the benchmark report
+prints this table anew.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Preference(NamedTuple):
+    """Backends in the order in which they are tried, and the file that justifies the order."""
+
+    backends: tuple[str, ...]
+    justified_by: str | None  # None: no committed result from a card yet
+
+
+CUDA = {
+    "mobile_to_former": Preference(("triton", "native"), None),
+    "former_to_mobile": Preference(("triton", "native"), None),
+    "dynamic_relu": Preference(("triton", "native"), None),
+    "depthwise_conv2d": Preference(("triton", "native"), None),
+}
+DEVICES = ("cpu", "cuda")
+
+
+def backends(op: str, device: str) -> tuple[str, ...]:
+    """What `auto` tries, in order, before the reference; nothing on a device without kernels."""
+    if device == "cuda":
+        return CUDA[op].backends
+    return ("native",) if device == "cpu" else ()

@@ -1,0 +1,70 @@
+"""What the kernels share on the device: where an element lies, the hard sigmoid, products, sums over splits.
+
+Legend: B batch, C channels, L = H*W positions, S splits of the position axis.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def map_offset(
+    c,  # channel
+    pos,  # position
+    L,
+    C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,  # a sample has 2^31 elements or more
+):
+    """Where (c, pos) lies from the start of its sample."""
+    if WIDE:
+        c = c.to(tl.int64)
+        pos = pos.to(tl.int64)
+    if CHANNELS_LAST:
+        return pos * C + c
+    return c * L + pos
+
+
+@triton.jit
+def hard_sigmoid(t):
+    """clamp(t + 3, 0, 6) / 6; NaN stays NaN."""
+    return tl.clamp(t + 3.0, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL) / 6.0
+
+
+@triton.jit
+def hard_sigmoid_slope(t):
+    """1/6 where 0 <= t + 3 <= 6: torch.clamp passes the gradient at both ends."""
+    return tl.where((t + 3.0 >= 0.0) & (t + 3.0 <= 6.0), 1.0 / 6.0, 0.0)
+
+
+@triton.jit
+def product(a, b, ALLOW_TF32: tl.constexpr):
+    """a @ b accumulated in float32. a and b have one dtype."""
+    if INTERPRETED:  # which multiplies the bits of bfloat16 as if they were integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision="tf32" if ALLOW_TF32 else "ieee")
+
+
+@triton.jit
+def sum_over_splits(
+    partial_ptr,  # [S, count] float32
+    index,  # [BLOCK] which of `count`
+    mask,  # [BLOCK]
+    count,
+    splits,  # S
+    BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """[BLOCK]: the sum over S, in an order that depends on nothing but S."""
+    acc = tl.zeros((BLOCK_S, BLOCK), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        s = first + tl.arange(0, BLOCK_S)
+        offset = s[:, None].to(tl.int64) * count + index[None, :]
+        acc += tl.load(partial_ptr + offset, mask=(s[:, None] < splits) & mask[None, :], other=0.0)
+    return tl.sum(acc, axis=0)

@@ -1,0 +1,74 @@
+"""Tile sizes, warps, stages and splits of every kernel: pure functions of shape, dtype and capability.
+
+Rules, and why they are what they are:
+
+* a thread should have two 16-byte loads in flight and a tile should waste few lanes on padding;
+* the position axis is split until there are a few programs for every multiprocessor: batch 1 fills the card;
+* nothing here is searched for at run time: the same call always launches the same kernels.
+
+Legend: B batch, C channels, L = H*W positions, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def multiprocessors(capability: tuple[int, int]) -> int:
+    """Of the largest card of a compute capability: enough programs for it are enough for the smaller ones."""
+    return 132 if capability >= (9, 0) else 108
+
+
+def block_of(n: int, candidates: Sequence[int]) -> int:
+    """The largest candidate that pads n by an eighth at most, else the one that pads least."""
+
+    def used(block: int) -> float:
+        return n / (ceil_div(n, block) * block)
+
+    ordered = sorted(candidates, reverse=True)
+    return next((block for block in ordered if used(block) >= 0.875), max(ordered, key=used))
+
+
+def splits_of(tiles: int, programs: int, wanted: int, most: int) -> int:
+    """Into how many runs of whole tiles an axis is cut, so that `programs` times that is about `wanted`."""
+    splits = min(tiles, most, max(1, ceil_div(wanted, max(programs, 1))))
+    return ceil_div(tiles, ceil_div(tiles, splits))  # no empty split
+
+
+class DynamicReLU(NamedTuple):
+    """Tile of channels and positions; `tiles` of positions in each of `splits` for the backward sums."""
+
+    block_c: int
+    block_l: int
+    tiles: int
+    splits: int
+    num_warps: int
+
+
+def dynamic_relu(
+    B: int, C: int, L: int, dtype: torch.dtype, channels_last: bool, capability: tuple[int, int]
+) -> DynamicReLU:
+    # 32 bytes, the smallest piece of memory that moves, along the axis whose elements are neighbours
+    if channels_last:
+        block_c = block_of(C, (16, 32, 64))
+        block_l = min(2048 // block_c, max(4, power_of_two(L)))
+    else:
+        block_l = block_of(L, (64, 128, 256, 512, 1024)) if L > 32 else power_of_two(L)
+        block_c = min(2048 // block_l, power_of_two(C), 32)
+    all_tiles = ceil_div(L, block_l)
+    splits = splits_of(all_tiles, B * ceil_div(C, block_c), 4 * multiprocessors(capability), 64)
+    return DynamicReLU(
+        block_c, block_l, ceil_div(all_tiles, splits), splits, 4 if block_c * block_l >= 1024 else 1
+    )
