@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import mf_kernels
-from mf_kernels import testing
+from mf_kernels import _native, testing
 
 OPS = ("mobile_to_former", "former_to_mobile", "dynamic_relu", "depthwise_conv2d")
 
@@ -17,6 +17,11 @@ SMALL = {
     op: next(case for case in testing.CASES if case.op == op and branch in case.reaches)
     for op, branch in zip(OPS, ("6 tokens", "6 tokens", "tails of", "channels over, stride 2"), strict=True)
 }
+
+
+def runnable() -> list[str]:
+    """The instruction sets that this CPU has kernels for."""
+    return _native.cpu_report()["runnable"]
 
 
 def native(*kernels: str, isa: str) -> dict[str, int]:
