@@ -1,11 +1,7 @@
-// Between the dispatcher's tensors and the kernels' pointers: layouts, dtypes, allocation, scratch memory.
+// Between the dispatcher's tensors and the CPU kernels' pointers: dtypes, allocation, scratch memory.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/MemoryFormat.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include "common/feature_map.h"
 
 #include <cstdint>
 #include <cstdlib>
@@ -13,11 +9,8 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <algorithm>
 
 namespace mf {
-
-using torch::stable::Tensor;
 
 struct bfloat16 {
   uint16_t bits;
@@ -78,85 +71,14 @@ inline torch::headeronly::ScalarType accumulator_dtype(const Tensor& t) {
                                                                  : torch::headeronly::ScalarType::Float;
 }
 
-// A feature map (B, C, H, W) and the distance, in elements, between neighbours along each axis.
-// Positions l = h * W + w are one axis: both layouts that the kernels read lay them out evenly.
-struct FeatureMap {
-  Tensor tensor;  // (B, C, H, W), contiguous or channels_last
-  int64_t batch, channels, height, width;
-  bool channels_last;
-  int64_t positions() const { return height * width; }
-  int64_t batch_stride() const { return channels * positions(); }
-  int64_t channel_stride() const { return channels_last ? 1 : positions(); }
-  int64_t position_stride() const { return channels_last ? channels : 1; }
-  int64_t offset(int64_t b, int64_t c, int64_t l) const {
-    return b * batch_stride() + c * channel_stride() + l * position_stride();
-  }
-};
+inline Place cpu() { return {aoti_torch_device_type_cpu(), 0}; }
 
-inline bool is_channels_last(const Tensor& x) {
-  int64_t expected = 1;
-  for (int dim : {1, 3, 2, 0}) {
-    if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
-    expected *= x.size(dim);
-  }
-  return true;
-}
-
-inline FeatureMap describe(const Tensor& x, bool channels_last) {
-  return {x, x.size(0), x.size(1), x.size(2), x.size(3), channels_last};
-}
-
-// The map as it lies when it is contiguous or channels_last; a contiguous copy of any other strides.
-inline FeatureMap feature_map(const Tensor& x) {
-  if (x.is_contiguous()) return describe(x, false);
-  if (is_channels_last(x)) return describe(x, true);
-  return describe(torch::stable::contiguous(x), false);
-}
-
-// The map in the layout of another one, copied where it lies differently: gradients come in any layout.
-inline FeatureMap feature_map_as(const Tensor& x, bool channels_last) {
-  if (channels_last ? is_channels_last(x) : x.is_contiguous()) return describe(x, channels_last);
-  const auto format =
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-  return describe(torch::stable::contiguous(x, format), channels_last);
-}
-
-// Uninitialised CPU memory. The shim is called directly: `torch::stable::empty` looks its operator up by name each time.
-inline Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, torch::headeronly::ScalarType dtype) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-// Uninitialised (B, C, H, W) in the dtype and layout of `like`.
 inline FeatureMap new_map(const FeatureMap& like, int64_t channels, int64_t height, int64_t width) {
-  const int64_t sizes[] = {like.batch, channels, height, width};
-  const int64_t area = height * width;
-  const int64_t channels_last[] = {channels * area, 1, width * channels, channels};
-  const int64_t contiguous[] = {channels * area, area, width, 1};
-  return describe(new_strided(sizes, like.channels_last ? channels_last : contiguous, 4, like.tensor.scalar_type()),
-                  like.channels_last);
+  return new_map(like, channels, height, width, cpu());
 }
 
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType dtype) {
-  int64_t strides[4], stride = 1;
-  for (int64_t i = int64_t(sizes.size()) - 1; i >= 0; --i) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[i], 1);
-  }
-  return new_strided(sizes.begin(), strides, int64_t(sizes.size()), dtype);
-}
-
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
-}
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
+  return new_tensor(sizes, dtype, cpu());
 }
 
 // Uninitialised memory of one task, aligned to a cache line.
@@ -175,7 +97,5 @@ class Scratch {
  private:
   A* data_;
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace mf
