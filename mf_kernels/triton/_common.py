@@ -68,3 +68,81 @@ def sum_over_splits(
         offset = s[:, None].to(tl.int64) * count + index[None, :]
         acc += tl.load(partial_ptr + offset, mask=(s[:, None] < splits) & mask[None, :], other=0.0)
     return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def load_tokens(
+    tokens_ptr,  # [B, M, C]
+    b,
+    m,  # [TOKENS]: token, M or higher is padding
+    n,  # head
+    e,  # [BLOCK_E]: channel of the head, E or higher is padding
+    M: tl.constexpr,
+    C: tl.constexpr,
+    E: tl.constexpr,
+):
+    """[TOKENS, BLOCK_E]: some channels of one head of every token; padding is 0."""
+    at = (b * M + m[:, None]) * C + n * E + e[None, :]
+    return tl.load(tokens_ptr + at, mask=(m[:, None] < M) & (e[None, :] < E), other=0.0)
+
+
+@triton.jit
+def load_head(
+    x_ptr,  # [B, C, L]
+    b,
+    n,  # head
+    e,  # [BLOCK_E]: channel of the head
+    pos,  # [BLOCK_L]
+    L,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """[BLOCK_L, BLOCK_E] of a map, where that lies, and which of it is no padding."""
+    at = b * C * L + map_offset(n * E + e[None, :], pos[:, None], L, C, CHANNELS_LAST, WIDE)
+    mask = (pos[:, None] < L) & (e[None, :] < E)
+    return tl.load(x_ptr + at, mask=mask, other=0.0), at, mask
+
+
+@triton.jit
+def store_partial(
+    partial_ptr,  # [B, M, C] float32 of one split
+    value,  # [BLOCK_E, TOKENS]
+    b,
+    m,  # [TOKENS]
+    n,
+    e,  # [BLOCK_E]
+    M: tl.constexpr,
+    C: tl.constexpr,
+    E: tl.constexpr,
+):
+    at = (b * M + m[None, :]) * C + n * E + e[:, None]
+    mask = (m[None, :] < M) & (e[:, None] < E)
+    tl.store(partial_ptr + at, value.to(partial_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_splits(
+    first_ptr,  # [count]
+    second_ptr,  # [count] or None
+    partial_ptr,  # [S, 1 or 2, count] float32
+    count,
+    splits,  # S
+    BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Second stage of a gradient of tokens: what the splits left is added and rounded once."""
+    blocks = tl.cdiv(count, BLOCK)
+    index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = index < count
+    if second_ptr is None:
+        value = sum_over_splits(partial_ptr, index, mask, count, splits, BLOCK, BLOCK_S)
+        tl.store(first_ptr + index, value.to(first_ptr.dtype.element_ty), mask=mask)
+    else:
+        which = tl.program_id(0) // blocks
+        value = sum_over_splits(partial_ptr + which * count, index, mask, 2 * count, splits, BLOCK, BLOCK_S)
+        if which == 0:
+            tl.store(first_ptr + index, value.to(first_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(second_ptr + index, value.to(second_ptr.dtype.element_ty), mask=mask)

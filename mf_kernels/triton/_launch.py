@@ -120,3 +120,8 @@ def position_arguments(x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
         "WIDE": x.shape[1] * positions >= 2**31,
     }
     return {"L_steps": positions // step}, constants
+
+
+def allow_tf32() -> bool:
+    """Whether torch lets products of float32 round their factors to TF32."""
+    return torch.backends.cuda.matmul.allow_tf32

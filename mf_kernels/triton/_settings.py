@@ -47,6 +47,13 @@ def splits_of(tiles: int, programs: int, wanted: int, most: int) -> int:
     return ceil_div(tiles, ceil_div(tiles, splits))  # no empty split
 
 
+def fill(block: int, least: int, length: int, programs: int, wanted: int) -> int:
+    """The block along an axis, halved down to `least` until there are as many programs as wanted."""
+    while block > least and programs * ceil_div(length, block) < wanted:
+        block //= 2
+    return block
+
+
 class DynamicReLU(NamedTuple):
     """Tile of channels and positions; `tiles` of positions in each of `splits` for the backward sums."""
 
@@ -64,11 +71,50 @@ def dynamic_relu(
     if channels_last:
         block_c = block_of(C, (16, 32, 64))
         block_l = min(2048 // block_c, max(4, power_of_two(L)))
+        block_l = fill(block_l, 8, L, B * ceil_div(C, block_c), multiprocessors(capability))
     else:
         block_l = block_of(L, (64, 128, 256, 512, 1024)) if L > 32 else power_of_two(L)
         block_c = min(2048 // block_l, power_of_two(C), 32)
+        block_c = fill(block_c, 1, C, B * ceil_div(L, block_l), multiprocessors(capability))
     all_tiles = ceil_div(L, block_l)
     splits = splits_of(all_tiles, B * ceil_div(C, block_c), 4 * multiprocessors(capability), 64)
     return DynamicReLU(
         block_c, block_l, ceil_div(all_tiles, splits), splits, 4 if block_c * block_l >= 1024 else 1
     )
+
+
+class Attention(NamedTuple):
+    """Tile of positions, channels of one head and padded tokens; the splits of the position axis."""
+
+    block_l: int
+    block_e: int  # a head of more channels is cut into `chunks`
+    chunks: int
+    tokens: int
+    tiles: int  # of block_l positions in each split
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def attention(
+    B: int,
+    L: int,
+    E: int,
+    num_heads: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    backward: bool,
+) -> Attention:
+    # Tensor cores multiply 16 deep in half precision; without them 8 is the least that a product takes.
+    depth = 8 if dtype == torch.float32 else 16
+    block_e = min(max(depth, power_of_two(E)), 64 if dtype == torch.float32 else 128)
+    chunks = ceil_div(E, block_e)
+    elements = 2048 if backward or dtype == torch.float32 else 4096
+    block_l = max(16, min(128, elements // block_e, power_of_two(L)))
+    programs = B * num_heads * chunks
+    block_l = fill(block_l, 32, L, programs, multiprocessors(capability))
+    all_tiles = ceil_div(L, block_l)
+    splits = splits_of(all_tiles, programs, 4 * multiprocessors(capability), 128)
+    num_warps = 4 if block_l * block_e >= 1024 else 2
+    return Attention(block_l, block_e, chunks, depth, ceil_div(all_tiles, splits), splits, num_warps, 2)
