@@ -146,7 +146,7 @@ def _fall_back(op: str, reasons: str) -> None:
         first = op not in _warned
         _warned.add(op)
     if first:
-        warnings.warn(f"{message}; see `python -m mf_kernels`", KernelFallbackWarning, stacklevel=5)
+        warnings.warn(f"{message}; see `python -m mf_kernels`", KernelFallbackWarning, stacklevel=4)
 
 
 class KernelRecord:
