@@ -1,0 +1,102 @@
+"""What the arguments must be. An error names the operator, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_support import SMALL
+
+import mf_kernels
+from mf_kernels import record_kernels, reference, use_backend
+
+
+def zeros(*shape: int, **options) -> torch.Tensor:
+    return torch.zeros(shape, **options)
+
+
+INT, HALF, META = {"dtype": torch.int32}, {"dtype": torch.bfloat16}, {"device": "meta"}
+
+# In place of arguments that fit x (3, 13, 3, 5), x (2, 14, 3, 5) with 6 tokens, x (2, 13, 9, 11) with 3 x 3 filters
+REFUSED = [
+    ("dynamic_relu", "x", zeros(13, 3, 5), ValueError, r"(B, C, H, W), got 3 dimensions, shape (13, 3, 5)"),
+    ("dynamic_relu", "x", zeros(3, 13, 3, 5, **INT), TypeError, "floating point dtype, got torch.int32"),
+    ("dynamic_relu", "x", zeros(3, 13, 0, 5), ValueError, "at least 1, got shape (3, 13, 0, 5)"),
+    ("dynamic_relu", "x", zeros(3, 0, 3, 5), ValueError, "at least 1, got shape (3, 0, 3, 5)"),
+    (
+        "dynamic_relu",
+        "theta",
+        zeros(3, 13),
+        ValueError,
+        "(3, 26) to go with x (3, 13, 3, 5), got (3, 13)",
+    ),
+    ("dynamic_relu", "theta", zeros(3, 26, **HALF), TypeError, "x's dtype torch.float32, got torch.bfloat16"),
+    ("dynamic_relu", "theta", zeros(3, 26, **META), ValueError, "x's device cpu, got meta"),
+    ("mobile_to_former", "x", zeros(14, 15), ValueError, "(B, C, H, W), got 2 dimensions"),
+    ("mobile_to_former", "q", zeros(2, 14), ValueError, "(B, M, C) with M of at least 1, got (2, 14)"),
+    ("mobile_to_former", "q", zeros(2, 0, 14), ValueError, "(B, M, C) with M of at least 1, got (2, 0, 14)"),
+    (
+        "mobile_to_former",
+        "q",
+        zeros(3, 6, 14),
+        ValueError,
+        "(B, M, C) = (2, 6, 14) to go with x",
+    ),
+    (
+        "mobile_to_former",
+        "q",
+        zeros(2, 6, 14, **HALF),
+        TypeError,
+        "x's dtype torch.float32, got torch.bfloat16",
+    ),
+    ("mobile_to_former", "num_heads", 3, ValueError, "a divisor of C = 14, got 3"),
+    ("mobile_to_former", "num_heads", 0, ValueError, "a divisor of C = 14, got 0"),
+    ("mobile_to_former", "num_heads", -2, ValueError, "a divisor of C = 14, got -2"),
+    ("former_to_mobile", "x", zeros(2, 14, 3, 5, **INT), TypeError, "floating point dtype, got torch.int32"),
+    ("former_to_mobile", "k", zeros(2, 6, 12), ValueError, "(B, M, C) = (2, 6, 14) to go with x"),
+    ("former_to_mobile", "v", zeros(2, 5, 14), ValueError, "(B, M, C) = (2, 6, 14) to go with x"),
+    ("former_to_mobile", "v", zeros(2, 6, 14, **META), ValueError, "x's device cpu, got meta"),
+    ("former_to_mobile", "num_heads", 4, ValueError, "a divisor of C = 14, got 4"),
+    ("depthwise_conv2d", "x", zeros(13, 9, 11), ValueError, "(B, C, H, W), got 3 dimensions"),
+    ("depthwise_conv2d", "weight", zeros(13, 3, 3), ValueError, "(C*mult, 1, K, K), got (13, 3, 3)"),
+    ("depthwise_conv2d", "weight", zeros(13, 2, 3, 3), ValueError, "(C*mult, 1, K, K), got (13, 2, 3, 3)"),
+    ("depthwise_conv2d", "weight", zeros(13, 1, 3, 5), ValueError, "(C*mult, 1, K, K), got (13, 1, 3, 5)"),
+    ("depthwise_conv2d", "weight", zeros(13, 1, 7, 7), ValueError, "kernel side K in (3, 5), got 7"),
+    ("depthwise_conv2d", "weight", zeros(14, 1, 3, 3), ValueError, "a multiple of C = 13 filters, got 14"),
+    ("depthwise_conv2d", "weight", zeros(0, 1, 3, 3), ValueError, "a multiple of C = 13 filters, got 0"),
+    (
+        "depthwise_conv2d",
+        "weight",
+        zeros(13, 1, 3, 3, **HALF),
+        TypeError,
+        "dtype torch.float32, got torch.bf",
+    ),
+    (
+        "depthwise_conv2d",
+        "bias",
+        zeros(26),
+        ValueError,
+        "(C*mult,) = (13,) to go with x",
+    ),
+    ("depthwise_conv2d", "bias", zeros(13, **HALF), TypeError, "x's dtype torch.float32, got torch.bfloat16"),
+    ("depthwise_conv2d", "stride", 3, ValueError, "one of (1, 2), got 3"),
+    ("depthwise_conv2d", "activation", "relu", ValueError, "'identity'), got 'relu'"),
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("op", "argument", "value", "error", "told"), REFUSED)
+def test_arguments_that_do_not_fit_are_refused(
+    op: str, argument: str, value: object, error: type[Exception], told: str, backend: str
+) -> None:
+    """By every backend alike, before anything is computed."""
+    arguments = SMALL[op].inputs(torch.float32) | SMALL[op].options | {argument: value}
+    with use_backend(backend), record_kernels() as record, pytest.raises(error) as refusal:
+        getattr(mf_kernels, op)(**arguments)
+    assert str(refusal.value).startswith(f"{op}: {argument}: expected ")
+    assert told in str(refusal.value)
+    assert record.counts == {}
+
+
+def test_the_reference_names_an_unknown_activation_itself() -> None:
+    with pytest.raises(ValueError, match=r"activation: expected .*'relu6'.*, got 'gelu'"):
+        reference.depthwise_conv2d(torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3), activation="gelu")
