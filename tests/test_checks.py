@@ -16,38 +16,20 @@ def zeros(*shape: int, **options) -> torch.Tensor:
 
 INT, HALF, META = {"dtype": torch.int32}, {"dtype": torch.bfloat16}, {"device": "meta"}
 
-# In place of arguments that fit x (3, 13, 3, 5), x (2, 14, 3, 5) with 6 tokens, x (2, 13, 9, 11) with 3 x 3 filters
+# Each in place of an argument of the small rows: x (3, 13, 3, 5), (2, 14, 3, 5) with 6 tokens, (2, 13, 9, 11)
 REFUSED = [
     ("dynamic_relu", "x", zeros(13, 3, 5), ValueError, r"(B, C, H, W), got 3 dimensions, shape (13, 3, 5)"),
     ("dynamic_relu", "x", zeros(3, 13, 3, 5, **INT), TypeError, "floating point dtype, got torch.int32"),
     ("dynamic_relu", "x", zeros(3, 13, 0, 5), ValueError, "at least 1, got shape (3, 13, 0, 5)"),
     ("dynamic_relu", "x", zeros(3, 0, 3, 5), ValueError, "at least 1, got shape (3, 0, 3, 5)"),
-    (
-        "dynamic_relu",
-        "theta",
-        zeros(3, 13),
-        ValueError,
-        "(3, 26) to go with x (3, 13, 3, 5), got (3, 13)",
-    ),
-    ("dynamic_relu", "theta", zeros(3, 26, **HALF), TypeError, "x's dtype torch.float32, got torch.bfloat16"),
+    ("dynamic_relu", "theta", zeros(3, 13), ValueError, "(3, 26) to go with x (3, 13, 3, 5), got (3, 13)"),
+    ("dynamic_relu", "theta", zeros(3, 26, **HALF), TypeError, "dtype torch.float32, got torch.bfloat16"),
     ("dynamic_relu", "theta", zeros(3, 26, **META), ValueError, "x's device cpu, got meta"),
     ("mobile_to_former", "x", zeros(14, 15), ValueError, "(B, C, H, W), got 2 dimensions"),
     ("mobile_to_former", "q", zeros(2, 14), ValueError, "(B, M, C) with M of at least 1, got (2, 14)"),
     ("mobile_to_former", "q", zeros(2, 0, 14), ValueError, "(B, M, C) with M of at least 1, got (2, 0, 14)"),
-    (
-        "mobile_to_former",
-        "q",
-        zeros(3, 6, 14),
-        ValueError,
-        "(B, M, C) = (2, 6, 14) to go with x",
-    ),
-    (
-        "mobile_to_former",
-        "q",
-        zeros(2, 6, 14, **HALF),
-        TypeError,
-        "x's dtype torch.float32, got torch.bfloat16",
-    ),
+    ("mobile_to_former", "q", zeros(3, 6, 14), ValueError, "(B, M, C) = (2, 6, 14) to go with x"),
+    ("mobile_to_former", "q", zeros(2, 6, 14, **HALF), TypeError, "dtype torch.float32, got torch.bfloat16"),
     ("mobile_to_former", "num_heads", 3, ValueError, "a divisor of C = 14, got 3"),
     ("mobile_to_former", "num_heads", 0, ValueError, "a divisor of C = 14, got 0"),
     ("mobile_to_former", "num_heads", -2, ValueError, "a divisor of C = 14, got -2"),
@@ -70,14 +52,8 @@ REFUSED = [
         TypeError,
         "dtype torch.float32, got torch.bf",
     ),
-    (
-        "depthwise_conv2d",
-        "bias",
-        zeros(26),
-        ValueError,
-        "(C*mult,) = (13,) to go with x",
-    ),
-    ("depthwise_conv2d", "bias", zeros(13, **HALF), TypeError, "x's dtype torch.float32, got torch.bfloat16"),
+    ("depthwise_conv2d", "bias", zeros(26), ValueError, "(C*mult,) = (13,) to go with x"),
+    ("depthwise_conv2d", "bias", zeros(13, **HALF), TypeError, "dtype torch.float32, got torch.bfloat16"),
     ("depthwise_conv2d", "stride", 3, ValueError, "one of (1, 2), got 3"),
     ("depthwise_conv2d", "activation", "relu", ValueError, "'identity'), got 'relu'"),
 ]
