@@ -74,36 +74,39 @@ def route(op: str, device: str, dtype: torch.dtype, num_tokens: int = 1) -> str:
     """The backend that serves this call: "native", "triton" or "reference"."""
     if torch.compiler.is_compiling():
         return _route_in_graph(op, _last_requested, device, dtype, num_tokens > MAX_TOKENS)
-    chosen, reasons = _resolve(op, _requested.backend, device, dtype, num_tokens > MAX_TOKENS)
+    chosen, reasons, shared = _resolve(op, _requested.backend, device, dtype, num_tokens > MAX_TOKENS)
     if chosen == "reference":
         _served[f"{op}:reference"] += 1
         if reasons:
-            _fall_back(op, reasons)
+            _fall_back(op, reasons, shared)
     return chosen
 
 
 @torch.compiler.assume_constant_result
 def _route_in_graph(op: str, requested: str, device: str, dtype: torch.dtype, too_many_tokens: bool) -> str:
-    chosen, reasons = _resolve(op, requested, device, dtype, too_many_tokens)
+    chosen, reasons, shared = _resolve(op, requested, device, dtype, too_many_tokens)
     if reasons:
-        _fall_back(op, reasons)
+        _fall_back(op, reasons, shared)
     return chosen
 
 
 @functools.cache
-def _resolve(op: str, requested: str, device: str, dtype: torch.dtype, too_many_tokens: bool) -> tuple[str, str]:
-    """The backend, and for a reference that nobody asked for the reasons; raises for an explicit one that cannot."""
+def _resolve(op: str, requested: str, device: str, dtype: torch.dtype, too_many_tokens: bool) -> tuple[str, str, str]:
+    """The backend; for a reference that nobody asked for, the reasons, and what lacks if every operator lacks it.
+
+    Raises RuntimeError where an explicit backend cannot serve.
+    """
     if requested == "reference" or device == "meta":
-        return "reference", ""
+        return "reference", "", ""
     candidates = _preference.backends(op, device) if requested == "auto" else (requested,)
     reasons = {backend: why_not(op, backend, device, dtype, too_many_tokens) for backend in candidates}
     for backend, reason in reasons.items():
         if reason is None:
-            return backend, ""
+            return backend, "", ""
     told = "; ".join(f"{b}: {r}" for b, r in reasons.items()) or f"no kernels for device {device!r}"
     if requested != "auto":
         raise RuntimeError(f"{op}: backend {requested!r} was asked for and cannot serve this call: {told}")
-    return "reference", told
+    return "reference", told, told if device == "cpu" and _native.load("cpu") is not None else ""
 
 
 @functools.cache
@@ -138,13 +141,14 @@ def _helper_kernel_missing(op: str, device: str) -> bool:
     return _native.load(device) is not None
 
 
-def _fall_back(op: str, reasons: str) -> None:
+def _fall_back(op: str, reasons: str, shared: str) -> None:
+    """Say once per operator, or once for all where they share the reason, that the reference runs."""
     message = f"{op}: no fused kernel serves this call, the plain PyTorch reference does ({reasons})"
     if os.environ.get("MF_KERNELS_STRICT") == "1":
         raise RuntimeError(f"{message}; MF_KERNELS_STRICT=1 makes this an error")
     with _lock:
-        first = op not in _warned
-        _warned.add(op)
+        first = (shared or op) not in _warned
+        _warned.add(shared or op)
     if first:
         warnings.warn(f"{message}; see `python -m mf_kernels`", KernelFallbackWarning, stacklevel=4)
 
