@@ -21,6 +21,7 @@ from mobileformer.layers import (
     Former,
     FormerToMobile,
     MobileToFormer,
+    is_untouched,
 )
 
 __all__ = ["DownBlock", "LiteBlock", "SameBlock"]
@@ -66,28 +67,32 @@ class TokenBlock(nn.Module):
     spatial_dynamic_relu: bool
 
     def inference_parameters(
-        self, relus: tuple[DynamicReLU, ...], depthwise: tuple[ConvNorm, ...]
+        self, relus: tuple[DynamicReLU, ...], convolutions: tuple[ConvNorm, ...]
     ) -> list[Tensor] | None:
         """The parameters of the token side in the operator's order, or None to go part by part.
 
-        None is: with slopes by position, which the operators do not know; in training, also where only the
-        norms are; and where somebody watches a part with a hook or has put a module of another class in its
-        place.
+        None is: with slopes by position, which the operators do not know; in training, also where only a norm
+        is; and where somebody watches a part or has replaced it.
         """
         if not self.use_fused or self.training or self.spatial_dynamic_relu:
             return None
         bridge, former, outward = self.mobile_to_former, self.former, self.former_to_mobile
+        if not (
+            is_untouched(bridge, MobileToFormer)
+            and is_untouched(former, Former)
+            and is_untouched(outward, FormerToMobile)
+            and all(is_untouched(relu, DynamicReLU) for relu in relus)
+            # Their outputs are written over: for that, too, nobody may be looking.
+            and all(getattr(c, "foldable", False) and is_untouched(c, c.__class__) for c in convolutions)
+        ):
+            return None
         layers = [bridge.gate, bridge.project, bridge.norm]
         layers += [former.query, former.project, former.norm]
         layers += [former.ffn_expand, former.ffn_project, former.ffn_norm]
         layers += [outward.key, outward.value]
         for relu in relus:
             layers += [relu.reduce, relu.expand]
-        if any(layer.__class__ not in (nn.Linear, nn.LayerNorm) for layer in layers):
-            return None
-        if any(map(_is_watched, (bridge, former, outward, *relus, *depthwise, *layers))):
-            return None
-        if any(convolution.updates_statistics for convolution in depthwise):
+        if not all(is_untouched(layer, nn.Linear, nn.LayerNorm) for layer in layers):
             return None
         return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
 
@@ -110,15 +115,6 @@ def depthwise_with_relu(depthwise: ConvNorm, x: Tensor, theta: Tensor) -> Tensor
         return mf_kernels.dynamic_relu_(depthwise(x), theta)
     weight, bias = depthwise.folded()
     return mf_kernels.depthwise_dynamic_relu(x, weight, bias, theta, stride=depthwise.stride)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 class SameBlock(TokenBlock):
@@ -157,7 +153,9 @@ class SameBlock(TokenBlock):
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,C,H,W), tokens (B,M,D) -> (B,C',H,W), (B,M,D)."""
-        parameters = self.inference_parameters((self.expand_relu, self.depthwise_relu), (self.depthwise,))
+        parameters = self.inference_parameters(
+            (self.expand_relu, self.depthwise_relu), (self.expand, self.depthwise, self.project)
+        )
         if parameters is not None:
             return self._infer(x, tokens, parameters)
         mix = None
@@ -231,7 +229,9 @@ class DownBlock(TokenBlock):
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,C,H,W), tokens (B,M,D) -> (B,C',ceil(H/2),ceil(W/2)), (B,M,D)."""
-        parameters = self.inference_parameters((self.down_relu, self.expand_relu), (self.down, self.expand))
+        parameters = self.inference_parameters(
+            (self.down_relu, self.expand_relu), (self.down, self.squeeze, self.expand, self.project)
+        )
         if parameters is not None:
             return self._infer(x, tokens, parameters)
         mix = None

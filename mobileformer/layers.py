@@ -31,6 +31,7 @@ __all__ = [
     "channel_shuffle",
     "convolve",
     "hard_sigmoid",
+    "is_untouched",
     "token_mix",
 ]
 
@@ -98,6 +99,20 @@ def token_mix(x: Tensor, query: Tensor, size: tuple[int, int]) -> Tensor:
     return scores.softmax(dim=1)
 
 
+def is_untouched(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether a module is what it was built as, so that its parameters may be used without calling it.
+
+    It is not where somebody watches it with a hook (pruning works by one too) or has put a module of another
+    class in its place, say an adapter for fine-tuning.
+    """
+    return module.__class__ in classes and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 class DropPath(nn.Module):
     """In training, zero a sample's update with probability `rate` and scale the others by 1 / (1 - rate)."""
 
@@ -148,20 +163,26 @@ class ConvNorm(KernelModule):
         nn.init.normal_(self.conv.weight, std=math.sqrt(2.0 / (kernel_size**2 * out_channels)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.use_fused:
-            y = self.norm(self.conv(x))
-            y = F.relu6(y) if self.activation == "relu6" else y
-        elif self.updates_statistics:
-            y = self.norm(self._convolve(x, self.conv.weight, None, "identity"))
-            y = F.relu6(y) if self.activation == "relu6" else y
-        else:
+        if self.foldable:
             y = self._convolve(x, *self.folded(), self.activation)
+        else:
+            conv = self.conv
+            operator = self.use_fused and is_untouched(conv, nn.Conv2d)
+            y = self.norm(self._convolve(x, conv.weight, None, "identity") if operator else conv(x))
+            y = F.relu6(y) if self.activation == "relu6" else y
         return channel_shuffle(y, self.shuffle) if self.shuffle > 1 else y
 
     @property
-    def updates_statistics(self) -> bool:
-        """Whether the norm is in training mode, be it on its own."""
-        return self.norm.training
+    def foldable(self) -> bool:
+        """Whether the two can be one: fused, a norm with running statistics in use, nobody at the parts."""
+        norm = self.norm
+        return (
+            self.use_fused
+            and is_untouched(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
+            and norm.track_running_stats
+            and not norm.training
+            and is_untouched(self.conv, nn.Conv2d)
+        )
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(weight, bias) of the one convolution that this is with its running statistics."""

@@ -250,8 +250,8 @@ def test_inference_copy(file: str) -> None:
     with torch.no_grad():
         assert error(model.to_inference(torch.float64)(image), golden) < TOLERANCE
         assert error(model.to_inference()(image.float()), golden) < 2e-4
-        eager = error(plain(image.bfloat16()), golden)
-        assert error(model.to_inference(torch.bfloat16)(image), golden) < 2 * eager
+        eager = typical_error(plain(image.bfloat16()), golden)
+        assert typical_error(model.to_inference(torch.bfloat16)(image), golden) < 2 * eager
 
 
 def train_step(model: Model) -> tuple[Tensor, Tensor]:
@@ -273,6 +273,11 @@ def check_gradients(gradients: dict[str, Tensor], golden: dict[str, np.ndarray],
         assert abs(gradient.norm().item() - norm) < tolerance, key
         direction = recipe.probe(key, tuple(gradient.shape))
         assert abs((gradient.numpy() * direction).sum() - projection) < tolerance, key
+
+
+def typical_error(value: Tensor, golden: np.ndarray) -> float:
+    """The root of the mean square: in bfloat16 the largest of 2000 errors is an accident."""
+    return float(np.sqrt(np.square(value.double().numpy() - golden).mean()))
 
 
 def error(value: Tensor, golden: np.ndarray) -> float:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from golden_support import recipe_image, recipe_model
 from torch import Tensor, nn
 
+import mobileformer
+import mobileformer.inference
 from mobileformer import Model
 from mobileformer.inference import InferenceModel
 from mobileformer.inference.threads import thread_count
@@ -143,3 +148,14 @@ def test_gradients_still_reach_the_input_of_the_copy() -> None:
         network(x).sum().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-7, atol=1e-9)
+
+
+def test_importing_the_package_needs_no_torch() -> None:
+    code = (
+        "import sys, mobileformer, mobileformer.inference, mobileformer.config;"
+        "assert 'torch' not in sys.modules and 'mf_kernels' not in sys.modules;"
+        "assert mobileformer.VARIANTS['294m'].num_tokens == 6"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(mobileformer.__file__).parents[1])
+    with pytest.raises(AttributeError, match="has no attribute 'Motor'"):
+        mobileformer.inference.Motor  # noqa: B018

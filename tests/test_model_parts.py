@@ -194,3 +194,9 @@ def test_dropout_acts_before_the_last_layer() -> None:
     model.head(features, tokens)
     share = (seen[0] == 0).double().mean().item()
     assert abs(share - 0.4) < 0.05
+
+
+def test_printing_says_what_is_special() -> None:
+    text = repr(Model("26m", drop_path_rate=0.09))
+    assert "activation=relu6, shuffle=8" in text
+    assert "rate=0.02" in text

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from golden_support import recipe_image, recipe_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from mobileformer import Model
 
@@ -146,45 +147,87 @@ def test_synchronised_norms_fold_too() -> None:
 
 
 def test_hooks_on_every_part_are_called() -> None:
-    model = recipe_model("96m")
+    """And what they keep is what the part gave, not what a later operator wrote over it."""
+    plain, fused = (recipe_model("96m", use_fused=use_fused) for use_fused in (False, True))
     x = small_image(dtype=torch.float64)
-    expected = predict(model, x)
-    inside_convolutions = (nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.Dropout)
-    names = [
-        name
-        for name, module in model.blocks.named_modules()
-        if not isinstance(module, inside_convolutions) and name and not name.endswith("drop_path")
+    expected, kept = keep_outputs(plain, x, plain.blocks.named_modules())
+    for name in kept:
+        if name.endswith("drop_path"):  # passes its input on in evaluation, and is not asked to
+            continue
+        logits, seen = keep_outputs(fused, x, [(name, fused.blocks.get_submodule(name))])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(seen[name], kept[name], rtol=0, atol=1e-9, msg=name)
+
+
+def keep_outputs(
+    model: Model, x: Tensor, modules: Iterable[tuple[str, nn.Module]]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(logits, what every module gave, kept without a copy)."""
+    kept: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda m, args, out, name=name: kept.__setitem__(name, out))
+        for name, module in modules
     ]
-    called = []
-    for name in names:
-        called.clear()
-        handle = model.blocks.get_submodule(name).register_forward_hook(lambda m, a, out: called.append(out))
-        torch.testing.assert_close(predict(model, x), expected, rtol=0, atol=1e-9)
+    logits = predict(model, x)
+    for handle in handles:
         handle.remove()
-        assert called, name
+    return logits, kept
 
 
-@FUSED
-def test_a_layer_of_another_class_is_called(use_fused: bool) -> None:
-    """An adapter around a linear layer, as low-rank fine-tuning puts in, must not be passed over."""
+class Adapter(nn.Module):
+    """What low-rank fine-tuning puts around a layer: it has the layer's weight and does something else."""
 
-    class Adapter(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
-            self.base = base
-            self.weight, self.bias = base.weight, base.bias
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.weight, self.bias = base.weight, base.bias
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base(x) + 1
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) * 1.5 + 0.25
 
-    model = recipe_model("26m", use_fused=use_fused)
-    before = predict(model, small_image(dtype=torch.float64))
-    model.blocks[3].former.query = Adapter(model.blocks[3].former.query)
-    after = predict(model, small_image(dtype=torch.float64))
-    assert (after - before).abs().max() > 1e-3
-    plain = recipe_model("26m", use_fused=False)
-    plain.blocks[3].former.query = Adapter(plain.blocks[3].former.query)
-    torch.testing.assert_close(after, predict(plain, small_image(dtype=torch.float64)), rtol=0, atol=1e-9)
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "blocks.2.former.query",
+        "blocks.2.former.norm",
+        "blocks.3.expand_relu.reduce",
+        "blocks.3.former_to_mobile.value",
+        "blocks.3.mobile_to_former.query",
+        "blocks.3.expand.conv",
+        "blocks.3.depthwise.conv",
+        "blocks.2.squeeze.norm",
+        "stem.conv",
+        "head.expand.norm",
+        "head.fc",
+    ],
+)
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_a_part_put_in_the_place_of_another_is_called(path: str, training: bool) -> None:
+    logits = {}
+    for use_fused in (False, True):
+        model = recipe_model("52m", use_fused=use_fused).train(training)
+        x = small_image(4, torch.float64)
+        before = predict(model, x)
+        model.set_submodule(path, Adapter(model.get_submodule(path)))
+        logits[use_fused] = predict(model, x)
+        # In training, the norm behind a convolution takes the change out again.
+        assert not torch.equal(logits[use_fused], before)
+    torch.testing.assert_close(logits[True], logits[False], rtol=0, atol=1e-9)
+
+
+def test_pruning_and_other_norms_reach_a_fused_model() -> None:
+    """Pruning makes a weight anew in a hook before every call; a group norm has no statistics to fold."""
+    logits = {}
+    for use_fused in (False, True):
+        model = recipe_model("52m", use_fused=use_fused)
+        prune.l1_unstructured(model.blocks[3].former.query, "weight", amount=0.5)
+        prune.l1_unstructured(model.blocks[3].depthwise.conv, "weight", amount=0.5)
+        channels = model.blocks[2].down.norm.num_features
+        model.blocks[2].down.norm = nn.GroupNorm(4, channels).double()
+        model.blocks[1].project.norm = nn.BatchNorm2d(12, track_running_stats=False).double()
+        logits[use_fused] = predict(model, small_image(dtype=torch.float64))
+    torch.testing.assert_close(logits[True], logits[False], rtol=0, atol=1e-9)
 
 
 def test_norms_alone_can_be_in_training() -> None:

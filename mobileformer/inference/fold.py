@@ -62,7 +62,7 @@ class InferenceModel(nn.Module):
 class FoldedConv(KernelModule):
     """activation(convolution(x) + bias), then the channel shuffle."""
 
-    updates_statistics = False
+    foldable = True
 
     def __init__(self, source: ConvNorm) -> None:
         super().__init__(source.use_fused)
