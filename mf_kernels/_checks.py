@@ -66,12 +66,10 @@ def depthwise(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: i
         raise ValueError(f"{op}: activation: expected one of {ACTIVATIONS}, got {activation!r}")
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, every floating argument in the autocast dtype (float64 is left alone); else untouched."""
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, every floating tensor in the autocast dtype (float64 is left alone); else untouched."""
+    x = tensors[0]
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast to ask for
-        return (x, *others)
+        return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (x, *others)
-    )
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -1,6 +1,7 @@
-"""The four operators as equations in plain PyTorch: the specification of every kernel in this package, and its fallback.
+"""The four operators as equations in plain PyTorch: the specification of every kernel here, and its fallback.
 
-Legend: B batch, C channels, H W height and width, L = H*W positions, M tokens, N heads, E = C/N head width, K kernel side.
+Legend: B batch, C channels, H W height and width, L = H*W positions, M tokens, N heads, E = C/N head width,
+K kernel side.
 Heads are contiguous channel chunks: head n owns channels n*E ... (n+1)*E - 1. The scale of a dot product is E^-0.5.
 Nothing here is tuned. A kernel is right when it agrees with these lines evaluated in float64.
 """
@@ -24,7 +25,10 @@ def mobile_to_former(x: Tensor, q: Tensor, *, num_heads: int = 2) -> Tensor:
 
 
 def former_to_mobile(x: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 2) -> Tensor:
-    """The map gathers from tokens: x + softmax over the M tokens of x.k, times v. x (B,C,H,W), k v (B,M,C) -> (B,C,H,W)."""
+    """The map gathers from tokens: x + softmax over the M tokens of x.k, times v.
+
+    x (B,C,H,W), k v (B,M,C) -> (B,C,H,W).
+    """
     queries = _split_heads(x.flatten(2), num_heads)  # (B, N, E, L)
     keys = k.unflatten(2, (num_heads, -1)).transpose(1, 2)  # (B, N, M, E)
     values = v.unflatten(2, (num_heads, -1)).transpose(1, 2)  # (B, N, M, E)

@@ -217,7 +217,7 @@ def _depthwise_conv2d(
     layer_of: str = "",
 ) -> Case:
     name = f"{B}x{C}x{H}x{W}-mult{mult}-k{K}-s{stride}-{activation}{'' if bias else '-nobias'}"
-    shapes = {"x": (B, C, H, W), "weight": (C * mult, 1, K, K)}
+    shapes: dict[str, tuple[int, ...]] = {"x": (B, C, H, W), "weight": (C * mult, 1, K, K)}
     if bias:
         shapes["bias"] = (C * mult,)
     options = {"stride": stride, "activation": activation}

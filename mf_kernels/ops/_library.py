@@ -30,7 +30,7 @@ def define(name: str, signature: str, fake: Callable[..., Any]) -> Overloads:
 
 
 def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """A map in x's layout, as the kernels allocate it: channels_last where x is that and nothing else, else contiguous."""
+    """A map as the kernels allocate it: channels_last where x is that and not contiguous too, else contiguous."""
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.empty(
         (x.shape[0], channels, height, width),
@@ -41,7 +41,7 @@ def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 
 def serves_in_place(op: str, x: Tensor) -> bool:
-    """Whether a CPU kernel may write its result over x: no gradient wanted, a layout and a dtype that it reads as they lie."""
+    """Whether a CPU kernel may write its result over x: no gradient wanted, a layout and dtype that it takes as is."""
     return (
         x.device.type == "cpu"
         and not torch.is_grad_enabled()

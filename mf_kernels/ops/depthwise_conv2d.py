@@ -34,10 +34,13 @@ def depthwise_conv2d(
     Differentiable once in x, weight and bias. Under autocast all are cast to its dtype.
 
     Raises ValueError (shape, device, stride, activation) or TypeError (dtype), naming the argument.
-    Source: Mobile-Former, CVPR 2022, section 3.1 (its blocks); the multiplier as in the published code's strided blocks.
+    Source: Mobile-Former, CVPR 2022, section 3.1 (its blocks); the multiplier as in the published code's down blocks.
     """
     _checks.feature_map(NAME, x)
-    x, weight, bias = _checks.autocast(x, weight, bias)
+    if bias is None:
+        x, weight = _checks.autocast(x, weight)
+    else:
+        x, weight, bias = _checks.autocast(x, weight, bias)
     _checks.depthwise(NAME, x, weight, bias, stride, activation)
     backend = _registry.route(NAME, x.device.type, x.dtype)
     if backend == "reference":

@@ -28,7 +28,7 @@ def depthwise_dynamic_relu(
     returns   (B, C*mult, ceil(H/stride), ceil(W/stride))   x's dtype and layout
     ========  ============================================  ====================================================
 
-    One kernel on CPU when no gradient is needed, else the two operators one after the other; differentiable through them.
+    One kernel on CPU when no gradient is needed, else the two operators in turn; differentiable through them.
     Raises what they raise. Source: as theirs; with running statistics folded into weight and bias this is the
     convolution, BatchNorm and activation of Mobile-Former's blocks.
     """

@@ -1,4 +1,4 @@
-"""What a block computes on its tokens alone, in one call: for inference, where launches and cold weights are the cost."""
+"""What a block computes on its tokens alone, in one call: for inference, where calls and cold weights are the cost."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def token_side(
     returns     (B,M,D), (B,M,C'), (B,M,C'), (B,2K)..  tokens'
     ==========  =====================================  =========================================================
 
-    One call in place of some 45, and every weight read once as it lies: for the few rows of a small batch, packing a weight
-    costs more than multiplying by it. Serves B*M up to 64, D a multiple of 16 * `num_heads`, no gradient; everything
-    else is these equations in PyTorch, differentiable.
+    One call in place of some 45, and every weight read once as it lies: for the few rows of a small batch, packing
+    a weight costs more than multiplying by it. Serves B*M up to 64, D a multiple of 16 * `num_heads`, no gradient;
+    everything else is these equations in PyTorch, differentiable.
     Source: Mobile-Former, CVPR 2022, section 3.2 and figure 3, with the published code's gate and projections.
     """
     batch, num_tokens, width = tokens.shape
