@@ -65,9 +65,7 @@ class Case:
             arguments[name] = in_layout(values.to(device=device, dtype=dtype), layout)
         return arguments
 
-    def d_output(
-        self, dtype: torch.dtype, *, layout: str = "contiguous", seed: int = 0, device: str = "cpu"
-    ) -> Tensor:
+    def d_output(self, dtype: torch.dtype, *, layout: str = "contiguous", seed: int = 0, device: str = "cpu") -> Tensor:
         """A gradient of the output."""
         generator = torch.Generator().manual_seed(seed + 1)
         values = torch.randn(self.output_shape, generator=generator, dtype=torch.float64)
@@ -182,17 +180,13 @@ def assert_within_budget(case: Case, dtype: torch.dtype, results: dict[str, Tens
         assert_close(f"{case.id}: {name}", actual, expected.truth[name], expected.allowed[name], dtype)
 
 
-def _mobile_to_former(
-    reaches: str, B: int, C: int, H: int, W: int, M: int, N: int = 2, layer_of: str = ""
-) -> Case:
+def _mobile_to_former(reaches: str, B: int, C: int, H: int, W: int, M: int, N: int = 2, layer_of: str = "") -> Case:
     name = f"{B}x{C}x{H}x{W}-{M}tokens-{N}heads"
     shapes = {"x": (B, C, H, W), "q": (B, M, C)}
     return Case("mobile_to_former", name, shapes, reaches, {"num_heads": N}, tuple(layer_of.split()))
 
 
-def _former_to_mobile(
-    reaches: str, B: int, C: int, H: int, W: int, M: int, N: int = 2, layer_of: str = ""
-) -> Case:
+def _former_to_mobile(reaches: str, B: int, C: int, H: int, W: int, M: int, N: int = 2, layer_of: str = "") -> Case:
     name = f"{B}x{C}x{H}x{W}-{M}tokens-{N}heads"
     shapes = {"x": (B, C, H, W), "k": (B, M, C), "v": (B, M, C)}
     return Case("former_to_mobile", name, shapes, reaches, {"num_heads": N}, tuple(layer_of.split()))

@@ -13,9 +13,7 @@ from mf_kernels.ops.dynamic_relu import dynamic_relu
 NAME = "depthwise_dynamic_relu"
 
 
-def depthwise_dynamic_relu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor, *, stride: int = 1
-) -> Tensor:
+def depthwise_dynamic_relu(x: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor, *, stride: int = 1) -> Tensor:
     """dynamic_relu(depthwise_conv2d(x, weight, bias, activation="identity"), theta), the map written once.
 
     ========  ============================================  ====================================================
