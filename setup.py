@@ -41,9 +41,7 @@ CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 STABLE_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 NVCC_FLAGS = [*COMMON_FLAGS, *STABLE_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra"]
 # Machine code for the two data centre generations, and PTX from which the driver makes any later one.
-NVCC_ARCHITECTURES = [
-    f"-gencode=arch=compute_{code[-2:]},code={code}" for code in ("sm_80", "sm_90", "compute_90")
-]
+NVCC_ARCHITECTURES = [f"-gencode=arch=compute_{code[-2:]},code={code}" for code in ("sm_80", "sm_90", "compute_90")]
 
 
 @dataclass(frozen=True)
@@ -152,9 +150,7 @@ def make_extension(library: Library, switch: str) -> tuple[Extension, str]:
     torch = import_torch()
     if library.device == "cuda" and switch == "auto":
         if torch.version.cuda is None:
-            raise NotHere(
-                f"torch {torch.__version__} is for the CPU ({library.switch}=1 builds all the same)"
-            )
+            raise NotHere(f"torch {torch.__version__} is for the CPU ({library.switch}=1 builds all the same)")
         if int(torch.version.cuda.partition(".")[0]) != nvcc_major:
             raise NotHere(f"{nvcc} beside torch for CUDA {torch.version.cuda}: the major versions differ")
 

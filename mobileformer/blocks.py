@@ -99,9 +99,7 @@ class TokenBlock(nn.Module):
     def token_side(self, x: Tensor, tokens: Tensor, parameters: list[Tensor]) -> list[Tensor]:
         """[new tokens, key, value, theta of every dynamic ReLU], all that the map needs of the tokens."""
         gathered = mf_kernels.mobile_to_former(x, self.mobile_to_former.query(tokens), num_heads=BRIDGE_HEADS)
-        return mf_kernels.token_side(
-            tokens, gathered, parameters, num_heads=FORMER_HEADS, eps=self.former.norm.eps
-        )
+        return mf_kernels.token_side(tokens, gathered, parameters, num_heads=FORMER_HEADS, eps=self.former.norm.eps)
 
 
 def add_over(y: Tensor, x: Tensor) -> Tensor:
@@ -139,13 +137,9 @@ class SameBlock(TokenBlock):
         self.depthwise = ConvNorm(hidden, hidden, 3, groups=hidden, use_fused=use_fused)
         self.depthwise_relu = DynamicReLU(hidden, token_dim, use_fused=use_fused)
         self.project = ConvNorm(hidden, out_channels, 1, groups=groups, shuffle=groups, use_fused=use_fused)
-        self.mobile_to_former = MobileToFormer(
-            in_channels, token_dim, drop_path=drop_path, use_fused=use_fused
-        )
+        self.mobile_to_former = MobileToFormer(in_channels, token_dim, drop_path=drop_path, use_fused=use_fused)
         self.former = Former(token_dim, drop_path=drop_path, use_fused=use_fused)
-        self.former_to_mobile = FormerToMobile(
-            out_channels, token_dim, drop_path=drop_path, use_fused=use_fused
-        )
+        self.former_to_mobile = FormerToMobile(out_channels, token_dim, drop_path=drop_path, use_fused=use_fused)
         self.drop_path = DropPath(drop_path)
         self.use_fused = use_fused
         self.has_skip = in_channels == out_channels
@@ -216,13 +210,9 @@ class DownBlock(TokenBlock):
         )
         self.expand_relu = DynamicReLU(second_hidden, token_dim, use_fused=use_fused)
         self.project = ConvNorm(second_hidden, out_channels, 1, groups=groups, use_fused=use_fused)
-        self.mobile_to_former = MobileToFormer(
-            in_channels, token_dim, drop_path=drop_path, use_fused=use_fused
-        )
+        self.mobile_to_former = MobileToFormer(in_channels, token_dim, drop_path=drop_path, use_fused=use_fused)
         self.former = Former(token_dim, drop_path=drop_path, use_fused=use_fused)
-        self.former_to_mobile = FormerToMobile(
-            out_channels, token_dim, drop_path=drop_path, use_fused=use_fused
-        )
+        self.former_to_mobile = FormerToMobile(out_channels, token_dim, drop_path=drop_path, use_fused=use_fused)
         self.drop_path = DropPath(drop_path)
         self.use_fused = use_fused
         self.spatial_dynamic_relu = spatial_dynamic_relu

@@ -61,9 +61,7 @@ def unwrap_state(state: Any, *, name: str) -> dict[str, Tensor]:
         raise WeightsError(f"{name}: holds no weights")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise WeightsError(
-                f"{name}: expected tensors under text keys, got {type(value).__name__} under {key!r}"
-            )
+            raise WeightsError(f"{name}: expected tensors under text keys, got {type(value).__name__} under {key!r}")
     while prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return dict(state)

@@ -106,10 +106,7 @@ def is_untouched(module: nn.Module, *classes: type[nn.Module]) -> bool:
     class in its place, say an adapter for fine-tuning.
     """
     return module.__class__ in classes and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -191,9 +188,7 @@ class ConvNorm(KernelModule):
         return mf_kernels.fold_batch_norm(self.conv.weight, norm.weight, norm.bias, mean, variance, norm.eps)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        return convolve(
-            self.ops, x, weight, bias, stride=self.stride, groups=self.groups, activation=activation
-        )
+        return convolve(self.ops, x, weight, bias, stride=self.stride, groups=self.groups, activation=activation)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, shuffle={self.shuffle}"

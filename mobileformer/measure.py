@@ -68,9 +68,7 @@ def interleaved(
     for name, function in contenders.items():
         for _ in range(warmup):
             function()
-        calls[name] = (
-            max(1, math.ceil(min_sample_ms / _sample_ms(function, 1, wait))) if min_sample_ms > 0 else 1
-        )
+        calls[name] = max(1, math.ceil(min_sample_ms / _sample_ms(function, 1, wait))) if min_sample_ms > 0 else 1
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     collecting = gc.isenabled()
     gc.disable()  # a collection belongs to nobody's sample
@@ -100,9 +98,7 @@ def difference(actual: Tensor, reference: Tensor) -> Difference:
         ValueError: the shapes differ.
     """
     if actual.shape != reference.shape:
-        raise ValueError(
-            f"actual: expected the reference's shape {tuple(reference.shape)}, got {tuple(actual.shape)}"
-        )
+        raise ValueError(f"actual: expected the reference's shape {tuple(reference.shape)}, got {tuple(actual.shape)}")
     if actual.numel() == 0:
         return Difference(0.0, 0.0)
     exact = reference.detach().to("cpu", torch.float64)
@@ -145,9 +141,7 @@ def machine(device: str | torch.device = "cpu") -> dict[str, str | int]:
     described: dict[str, str | int] = {
         "cpu": _cpu_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "processors": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -118,9 +118,7 @@ class Model(nn.Module):
         self._use_fused = use_fused
 
         self.tokens = nn.Parameter(torch.empty(config.num_tokens, config.token_dim))
-        self.stem = ConvNorm(
-            in_chans, config.stem_channels, 3, stride=2, activation="relu6", use_fused=use_fused
-        )
+        self.stem = ConvNorm(in_chans, config.stem_channels, 3, stride=2, activation="relu6", use_fused=use_fused)
         self.blocks = nn.ModuleList()
         channels = config.stem_channels
         for index, block in enumerate(config.blocks):
@@ -209,17 +207,11 @@ class Model(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 4:
-            raise ValueError(
-                f"x: expected 4 dimensions (B, {self.in_chans}, H, W), got shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"x: expected 4 dimensions (B, {self.in_chans}, H, W), got shape {tuple(x.shape)}")
         if x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"x: expected {self.in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)})"
-            )
+            raise ValueError(f"x: expected {self.in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
         if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
-            raise ValueError(
-                f"x: expected height and width of at least {MIN_SIZE}, got {x.shape[2]} x {x.shape[3]}"
-            )
+            raise ValueError(f"x: expected height and width of at least {MIN_SIZE}, got {x.shape[2]} x {x.shape[3]}")
         expected = self.tokens.dtype
         if x.dtype != expected and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise TypeError(f"x: expected dtype {expected} like the model's parameters, got {x.dtype}")

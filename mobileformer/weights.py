@@ -295,15 +295,9 @@ def _infer_metadata(state: dict[str, Tensor], name: str) -> Metadata:
         named = {**state, **{ours: state[key] for key, ours in to_ours(state, config).items()}}
         shapes = _shapes(variant)
         fits = all(
-            key in named and (named[key].shape == shape or key == _CHANNELS_KEY)
-            for key, shape in shapes.items()
+            key in named and (named[key].shape == shape or key == _CHANNELS_KEY) for key, shape in shapes.items()
         )
-        if (
-            fits
-            and named[_CHANNELS_KEY].ndim == 4
-            and _CLASSES_KEY in named
-            and named[_CLASSES_KEY].ndim == 2
-        ):
+        if fits and named[_CHANNELS_KEY].ndim == 4 and _CLASSES_KEY in named and named[_CLASSES_KEY].ndim == 2:
             in_chans = named[_CHANNELS_KEY].shape[1]
             imagenet = in_chans == len(IMAGENET_MEAN)
             return Metadata(

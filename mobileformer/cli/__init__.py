@@ -36,8 +36,6 @@ def main() -> None:
             app(prog_name="mobileformer")
         finally:
             sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # the reader (head, less) has gone: not our failure, but nobody got the rest either
+    except BrokenPipeError:  # the reader (head, less) has gone: not our failure, but nobody got the rest either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

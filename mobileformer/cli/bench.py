@@ -28,22 +28,16 @@ __all__ = ["bench", "photo_tensor", "show_rows"]
 
 def bench(
     variant: Annotated[str, typer.Option(callback=check_variant, help="26m ... 508m.")] = "294m",
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Images a call; 1, training 16.", show_default=False)
-    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images a call; 1, training 16.", show_default=False)] = None,
     size: Annotated[
         int | None, typer.Option(min=32, help="Side of an image; 224, training 128.", show_default=False)
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Of weights and arithmetic.")
-    ] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and arithmetic.")] = "float32",
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where everything runs.")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; every contender runs once in each.")] = 20,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="A photo; else random numbers.")] = None,
-    train: Annotated[
-        bool, typer.Option("--train", help="Training steps: forward, loss, backward, AdamW.")
-    ] = False,
+    train: Annotated[bool, typer.Option("--train", help="Training steps: forward, loss, backward, AdamW.")] = False,
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="With torch.compile (takes a while).")
     ] = True,
@@ -117,9 +111,7 @@ def measure(
         note("torch.compile takes a minute or more; --no-compile leaves it out")
     with thread_count(threads):
         trial = Trial(variant, x, dtype=getattr(torch, dtype), device=device, train=train)
-        trial.add(
-            *EAGER, *(["compile"] if compiled else []), "fused", *([] if train else ["fused inference"])
-        )
+        trial.add(*EAGER, *(["compile"] if compiled else []), "fused", *([] if train else ["fused inference"]))
         trial.check(lambda items: progress(items, "check"))
         trial.time(repeats, lambda rounds: progress(rounds, "rounds"))
         described = machine(device)

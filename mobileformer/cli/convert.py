@@ -22,18 +22,14 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Weights, published or ours.")],
     target: Annotated[
         Path,
-        typer.Argument(
-            metavar="OUT", help=".safetensors writes ours; .pth, .pth.tar, .pt the published form."
-        ),
+        typer.Argument(metavar="OUT", help=".safetensors writes ours; .pth, .pth.tar, .pt the published form."),
     ],
     variant: Annotated[
         str | None, typer.Option(callback=check_variant, help="What IN must be; else its shapes tell.")
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Class names to keep in OUT: one a line, or a list in a .json file."
-        ),
+        typer.Option(metavar="FILE", help="Class names to keep in OUT: one a line, or a list in a .json file."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
     as_json: JsonOption = False,

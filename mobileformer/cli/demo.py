@@ -19,9 +19,7 @@ For answers: mobileformer predict --help"""
 
 
 def demo(
-    image: Annotated[
-        Path | None, typer.Argument(metavar="IMAGE", help="A photo; else the cat in the package.")
-    ] = None,
+    image: Annotated[Path | None, typer.Argument(metavar="IMAGE", help="A photo; else the cat in the package.")] = None,
     variant: Annotated[str, typer.Option(callback=check_variant, help="26m ... 508m.")] = "294m",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; every path runs once in each.")] = 20,

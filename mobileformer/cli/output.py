@@ -23,9 +23,7 @@ __all__ = [
     "progress",
 ]
 
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
 
 
 class CommandError(Exception):

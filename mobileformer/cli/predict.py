@@ -43,9 +43,7 @@ def predict(
     top_k: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
     size: Annotated[int, typer.Option(min=32, help="Side of the square the network sees, in pixels.")] = 224,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the network runs.")] = "cpu",
-    fused: Annotated[
-        bool, typer.Option("--fused/--no-fused", help="Fused operators, or plain PyTorch.")
-    ] = True,
+    fused: Annotated[bool, typer.Option("--fused/--no-fused", help="Fused operators, or plain PyTorch.")] = True,
     batch: Annotated[int, typer.Option(min=1, help="Images in one call of the network.")] = 16,
     as_json: JsonOption = False,
 ) -> None:

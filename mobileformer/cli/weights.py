@@ -60,7 +60,5 @@ def read_labels(path: Path, num_classes: int) -> list[str]:
     if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
         raise CommandError(f"--labels: {path}: expected a list with a name, not empty, for every class")
     if len(labels) != num_classes:
-        raise CommandError(
-            f"--labels: {path}: expected {num_classes} names, one for each class, found {len(labels)}"
-        )
+        raise CommandError(f"--labels: {path}: expected {num_classes} names, one for each class, found {len(labels)}")
     return [label.strip() for label in labels]
