@@ -60,9 +60,7 @@ def recipe_model(variant: str, *, dtype: torch.dtype = torch.float64, **kwargs) 
     return model.to(dtype).eval()
 
 
-def recipe_image(
-    batch: int, height: int, width: int, seed: int, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def recipe_image(batch: int, height: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.from_numpy(recipe.image(batch, height, width, seed)).to(dtype)
 
 

@@ -133,9 +133,7 @@ def python(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 def test_as_a_process_with_json_alone_on_standard_output(folder: Path, tmp_path: Path) -> None:
     good, bad, weights = folder / "images" / "b.png", tmp_path / "bad.png", folder / "named.safetensors"
     bad.write_text("no image")
-    with python(
-        "-m", "mobileformer", "predict", good, bad, "--weights", weights, "--size", 64, "--json"
-    ) as process:
+    with python("-m", "mobileformer", "predict", good, bad, "--weights", weights, "--size", 64, "--json") as process:
         out, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert json.loads(out)["results"][0]["predictions"][0]["class"] == expected(weights, good)[0][0]

@@ -148,17 +148,13 @@ def test_demo_fails_when_paths_disagree(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_interleaved_takes_turns() -> None:
     order: list[str] = []
-    timings = interleaved(
-        {name: (lambda name=name: order.append(name)) for name in "abc"}, repeats=4, warmup=1
-    )
+    timings = interleaved({name: (lambda name=name: order.append(name)) for name in "abc"}, repeats=4, warmup=1)
     assert order == list("abc" * 5)
     assert all(len(timing.samples_ms) == 4 and timing.calls == 1 for timing in timings.values())
 
 
 def test_interleaved_measures_time() -> None:
-    timings = interleaved(
-        {"slow": lambda: time.sleep(0.01), "fast": lambda: None}, repeats=3, min_sample_ms=1.0
-    )
+    timings = interleaved({"slow": lambda: time.sleep(0.01), "fast": lambda: None}, repeats=3, min_sample_ms=1.0)
     assert timings["slow"].calls == 1
     assert timings["slow"].min_ms >= 10
     assert timings["fast"].calls > 100

@@ -29,9 +29,7 @@ def test_predict_gives_the_probabilities_of_the_model(folder: Path, weights: str
     assert report["fused"] == (path == "--fused")
     assert answer["image"] == str(image)
     assert len(answer["predictions"]) == 3
-    for row, (index, probability) in zip(
-        answer["predictions"], expected(folder / weights, image), strict=False
-    ):
+    for row, (index, probability) in zip(answer["predictions"], expected(folder / weights, image), strict=False):
         assert row["class"] == index
         assert row["probability"] == pytest.approx(probability, abs=1e-5)
         assert row["label"] == (NAMES[index] if weights.startswith("named") else None)

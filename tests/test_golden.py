@@ -97,9 +97,7 @@ class Run:
 
 def official_gradients(model: Model) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
-    return {
-        official: parameters[ours].grad for ours, official in to_official(parameters, model.config).items()
-    }
+    return {official: parameters[ours].grad for ours, official in to_official(parameters, model.config).items()}
 
 
 def run_file(file: str, use_fused: bool) -> Run:
@@ -114,9 +112,7 @@ def run_file(file: str, use_fused: bool) -> Run:
     return Run(file, model, logits.detach(), found, official_gradients(model), image.grad)
 
 
-FILES = [
-    (file, fused) for file in ("26m", "96m", "294m", "26m_spatial", "294m_spatial") for fused in (False, True)
-]
+FILES = [(file, fused) for file in ("26m", "96m", "294m", "26m_spatial", "294m_spatial") for fused in (False, True)]
 
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda p: f"{p[0]}-{'fused' if p[1] else 'plain'}")
@@ -200,8 +196,7 @@ def test_training_step(variant: str, use_fused: bool) -> None:
     buffers = dict(model.named_buffers())
     official = {o: buffers[k] for k, o in to_official(buffers, model.config).items()}
     projections = [
-        (official[key].numpy() * recipe.probe(key, official[key].shape)).sum()
-        for key in golden["train/buffer_keys"]
+        (official[key].numpy() * recipe.probe(key, official[key].shape)).sum() for key in golden["train/buffer_keys"]
     ]
     assert np.abs(np.array(projections) - golden["train/buffer_proj"]).max() < TOLERANCE
     assert all(int(v) == 1 for k, v in buffers.items() if k.endswith("num_batches_tracked"))
@@ -227,9 +222,7 @@ def test_spot_values_of_all_seven(variant: str, use_fused: bool) -> None:
 @pytest.mark.parametrize("file", ["26m", "96m", "294m", "26m_spatial", "294m_spatial"])
 def test_float32_logits(file: str, use_fused: bool) -> None:
     variant, _, mode = file.partition("_")
-    model = recipe_model(
-        variant, dtype=torch.float32, use_fused=use_fused, spatial_dynamic_relu=mode == "spatial"
-    )
+    model = recipe_model(variant, dtype=torch.float32, use_fused=use_fused, spatial_dynamic_relu=mode == "spatial")
     with torch.no_grad():
         square = model(recipe_image(2, 224, 224, seed=1, dtype=torch.float32))
         rectangular = model(recipe_image(2, 192, 256, seed=2, dtype=torch.float32))
@@ -244,9 +237,7 @@ def test_inference_copy(file: str) -> None:
     golden = golden_file(file)["logits_224"]
     image = recipe_image(2, 224, 224, seed=1)
     model = recipe_model(variant, spatial_dynamic_relu=mode == "spatial")
-    plain = recipe_model(
-        variant, dtype=torch.bfloat16, use_fused=False, spatial_dynamic_relu=mode == "spatial"
-    )
+    plain = recipe_model(variant, dtype=torch.bfloat16, use_fused=False, spatial_dynamic_relu=mode == "spatial")
     with torch.no_grad():
         assert error(model.to_inference(torch.float64)(image), golden) < TOLERANCE
         assert error(model.to_inference()(image.float()), golden) < 2e-4

@@ -88,9 +88,7 @@ def test_slopes_at_the_ends_of_their_range(isa: str) -> None:
 
 @pytest.mark.parametrize(("activation", "corners"), [("relu6", (0.0, 6.0)), ("hardswish", (-3.0, 3.0))])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_corners_of_the_activations(
-    activation: str, corners: tuple[float, float], layout: str, isa: str
-) -> None:
+def test_corners_of_the_activations(activation: str, corners: tuple[float, float], layout: str, isa: str) -> None:
     """Sums that are exactly at a corner, one float below and one above take the slope that torch takes."""
     around = [torch.nextafter(torch.tensor(c), torch.tensor(to)) for c in corners for to in (-9.0, c, 9.0)]
     x = torch.stack(around).repeat(1, 18, 3, 3)

@@ -36,9 +36,7 @@ def small_image(batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @FUSED
-@pytest.mark.parametrize(
-    "make", [lambda m: m, lambda m: m.to_inference(threads=1)], ids=["model", "inference"]
-)
+@pytest.mark.parametrize("make", [lambda m: m, lambda m: m.to_inference(threads=1)], ids=["model", "inference"])
 def test_two_threads_call_one_model(use_fused: bool, make: Callable) -> None:
     model = make(recipe_model("26m", dtype=torch.float32, use_fused=use_fused))
     images = [recipe_image(1, 64, 64, seed=s, dtype=torch.float32) for s in range(8)]

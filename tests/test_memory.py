@@ -117,9 +117,7 @@ def test_nothing_is_read_outside_a_tensor(side: str) -> None:
 @pytest.mark.parametrize("case", BRANCHES, ids=lambda case: case.id)
 def test_views_inside_other_tensors(case: testing.Case, layout: str, isa: str) -> None:
     """Around each view lies NaN: it changes no bit of the results, and stays as it was."""
-    expected = testing.evaluate(
-        case.function(mf_kernels), case.inputs(torch.float32), case.d_output(torch.float32)
-    )
+    expected = testing.evaluate(case.function(mf_kernels), case.inputs(torch.float32), case.d_output(torch.float32))
     inputs = case.inputs(torch.float32, layout=layout)
     d_output = case.d_output(torch.float32, layout=layout)
     buffers = [t._base for t in (*inputs.values(), d_output)]

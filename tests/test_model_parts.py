@@ -114,8 +114,7 @@ def test_token_mix_by_its_definition(height: int, width: int) -> None:
     tokens = torch.randn(2, 3, 16, dtype=torch.float64)
     query = bridge.query(tokens)
     heads = [
-        torch.einsum("bmc,bchw->bmhw", query[..., part], x[:, part]) * 3**-0.5
-        for part in (slice(0, 3), slice(3, 6))
+        torch.einsum("bmc,bchw->bmhw", query[..., part], x[:, part]) * 3**-0.5 for part in (slice(0, 3), slice(3, 6))
     ]
     size = ((height + 1) // 2, (width + 1) // 2)
     pooled = F.adaptive_avg_pool2d(sum(heads) / 2, size)

@@ -159,9 +159,7 @@ def test_hooks_on_every_part_are_called() -> None:
         torch.testing.assert_close(seen[name], kept[name], rtol=0, atol=1e-9, msg=name)
 
 
-def keep_outputs(
-    model: Model, x: Tensor, modules: Iterable[tuple[str, nn.Module]]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def keep_outputs(model: Model, x: Tensor, modules: Iterable[tuple[str, nn.Module]]) -> tuple[Tensor, dict[str, Tensor]]:
     """(logits, what every module gave, kept without a copy)."""
     kept: dict[str, Tensor] = {}
     handles = [

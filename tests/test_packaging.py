@@ -47,9 +47,7 @@ print(json.dumps({
 """
 
 
-def run(
-    *command: str | Path, cwd: Path = Path(sys.prefix), **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path = Path(sys.prefix), **environment: str) -> subprocess.CompletedProcess[str]:
     """Away from the source tree, so that nothing is imported from it."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("MF_KERNELS_") and k != "PYTHONPATH"}
     return subprocess.run(
@@ -98,9 +96,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tree / "mf_kernels" / "_cpu.so").write_text("the library of another machine")
     (tree / "mf_kernels" / "_build.json").write_text("{}")
     out = tmp_path_factory.mktemp("sdist")
-    must_run(
-        sys.executable, "-c", f"import setuptools.build_meta as b; b.build_sdist({str(out)!r})", cwd=tree
-    )
+    must_run(sys.executable, "-c", f"import setuptools.build_meta as b; b.build_sdist({str(out)!r})", cwd=tree)
     (archive,) = out.glob("*.tar.gz")
     return archive
 
@@ -168,9 +164,7 @@ def test_wheel_serves_every_python_and_tells_how_it_was_built(wheel: Path) -> No
     assert record["libraries"][CPU]["built"]
     assert record["libraries"][CPU]["compiler"]
     assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in record["libraries"][CPU]["flags"]
-    assert not any(
-        flag.startswith("-march") or flag == "-ffast-math" for flag in record["libraries"][CPU]["flags"]
-    )
+    assert not any(flag.startswith("-march") or flag == "-ffast-math" for flag in record["libraries"][CPU]["flags"])
     assert record["torch"].split("+")[0] == pinned("torch")
 
 
@@ -200,9 +194,7 @@ def test_without_a_compiler_the_package_is_pure_and_runs_on_the_reference(
     assert Path(seen["where"]).is_relative_to(programs.parent)
     assert seen["difference"] == 0
     assert seen["counts"] == {"mobile_to_former:reference": 2, "dynamic_relu:reference": 1}
-    assert [w.partition(":")[0] for w in seen["warnings"]] == [
-        "KernelFallbackWarning"
-    ] * 2  # once for each op
+    assert [w.partition(":")[0] for w in seen["warnings"]] == ["KernelFallbackWarning"] * 2  # once for each op
     assert all("no C++ compiler" in w for w in seen["warnings"])
 
 

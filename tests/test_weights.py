@@ -85,9 +85,7 @@ def test_our_file_describes_itself(source: Model, target: Model, tmp_path: Path)
     labels = [f"class {i} – ü" for i in range(1000)]
     save_weights(source, path, labels=labels)
     metadata = read_metadata(path)
-    assert metadata == mobileformer.Metadata(
-        SMALL, 1000, 3, False, tuple(labels), IMAGENET_MEAN, IMAGENET_STD
-    )
+    assert metadata == mobileformer.Metadata(SMALL, 1000, 3, False, tuple(labels), IMAGENET_MEAN, IMAGENET_STD)
     load_weights(target, path)
     assert states_equal(source, target)
     built = load_model(path, use_fused=False)
@@ -204,9 +202,7 @@ def optimizer_state(model: Model) -> dict:
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 @pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "pickle stream"])
-def test_published_checkpoint(
-    source: Model, target: Model, tmp_path: Path, prefix: str, zip_format: bool
-) -> None:
+def test_published_checkpoint(source: Model, target: Model, tmp_path: Path, prefix: str, zip_format: bool) -> None:
     path = tmp_path / "mobile-former-26m.pth.tar"
     checkpoint = {
         "epoch": 449,
@@ -228,9 +224,7 @@ def test_the_variant_of_a_published_checkpoint_is_read_off_its_shapes(variant: s
     model = Model(variant, num_classes=3, in_chans=1)
     path = tmp_path / "checkpoint.pth.tar"
     save_official_checkpoint(model, path)
-    assert list(torch.load(path, weights_only=True)["state_dict"]) == [
-        k for k, _, _ in published_keys(variant)
-    ]
+    assert list(torch.load(path, weights_only=True)["state_dict"]) == [k for k, _, _ in published_keys(variant)]
     metadata = read_metadata(path)
     assert (metadata.variant, metadata.num_classes, metadata.in_chans) == (variant, 3, 1)
     assert states_equal(model, load_model(path))

@@ -48,9 +48,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("kind", ["zip", "stream", "plain pickle"])
-def test_code_in_a_checkpoint_is_refused_and_not_run(
-    source: Model, target: Model, tmp_path: Path, kind: str
-) -> None:
+def test_code_in_a_checkpoint_is_refused_and_not_run(source: Model, target: Model, tmp_path: Path, kind: str) -> None:
     marker, path = tmp_path / "was-run", tmp_path / "evil.pth.tar"
     checkpoint = {"state_dict": official_state_dict(source), "args": Payload(marker)}
     if kind == "plain pickle":
@@ -126,9 +124,7 @@ def test_other_classes_only_when_asked(source: Model) -> None:
 
 
 def test_allowing_a_new_head_allows_nothing_else(source: Model, target: Model) -> None:
-    with pytest.raises(
-        WeightsError, match=r"wrong shape: stem\.conv\.weight is 8x3x3x3, the model has 8x1x3x3"
-    ):
+    with pytest.raises(WeightsError, match=r"wrong shape: stem\.conv\.weight is 8x3x3x3, the model has 8x1x3x3"):
         load_weights(Model(SMALL, num_classes=10, in_chans=1), source.state_dict(), allow_new_head=True)
     load_weights(target, source.state_dict(), allow_new_head=True)  # same classes: the head is loaded
     assert states_equal(source, target)
