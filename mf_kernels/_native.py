@@ -30,7 +30,8 @@ def load(device: str) -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         built = build_record().get("torch", "an unknown torch")
-        return f"{path.name} does not load: built with torch {built}, have {torch.__version__}: {error}"
+        told = error.__cause__ or error  # torch says only that it could not, the loader says why
+        return f"{path.name} does not load: built with torch {built}, have {torch.__version__}: {told}"
     _loaded.add(device)
     return None
 

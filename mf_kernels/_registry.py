@@ -12,7 +12,8 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +28,9 @@ _DTYPES = {
     ("triton", "cpu"): (torch.float32, torch.float16, torch.bfloat16),
     ("triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
 }
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class KernelFallbackWarning(UserWarning):
@@ -82,7 +86,13 @@ def route(op: str, device: str, dtype: torch.dtype, num_tokens: int = 1) -> str:
     return chosen
 
 
-@torch.compiler.assume_constant_result
+def _constant_in_graphs(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, which would import the whole compiler, and Triton with it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_in_graphs
 def _route_in_graph(op: str, requested: str, device: str, dtype: torch.dtype, too_many_tokens: bool) -> str:
     chosen, reasons, shared = _resolve(op, requested, device, dtype, too_many_tokens)
     if reasons:
@@ -136,7 +146,7 @@ def helper_missing(op: str, device: str) -> bool:
     return requested in ("reference", "triton") or _helper_kernel_missing(op, device)
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_graphs
 def _helper_kernel_missing(op: str, device: str) -> bool:
     return _native.load(device) is not None
 
