@@ -33,10 +33,15 @@ def python(
     code: str, *arguments: str, package: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `code` in a fresh process, every warning shown, `mf_kernels` from `package` or the same as here."""
+    return interpreter("-W", "always", "-c", code, *arguments, package=package, **environment)
+
+
+def interpreter(*command: str, package: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python with that command line, in the folder that `mf_kernels` is to come from."""
     where = package or Path(mf_kernels.__file__).parents[1]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MF_KERNELS_", "PYTHON", "COV_"))}
     return subprocess.run(
-        [sys.executable, "-W", "always", "-c", code, *arguments],
+        [sys.executable, *command],
         cwd=where,
         env={**inherited, "PYTHONPATH": str(where), **environment},
         capture_output=True,
