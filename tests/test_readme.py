@@ -86,6 +86,12 @@ def test_the_table_of_sizes_is_the_one_that_info_prints() -> None:
     assert {row.replace(",", " ") for row in rows} <= set(read("README.md").splitlines())
 
 
+def test_the_readme_names_the_torch_that_is_pinned() -> None:
+    pinned = re.search(r"^torch==(\d+\.\d+)", read("requirements/constraints.txt"), re.MULTILINE)
+    assert pinned is not None
+    assert f"tested with torch {pinned[1]}." in read("README.md")
+
+
 def test_the_diagram_is_drawn_by_its_script(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     script = (ROOT / "docs/images/make_diagram.py").read_text(encoding="utf-8")
