@@ -76,9 +76,12 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def route(op: str, device: str, dtype: torch.dtype, num_tokens: int = 1) -> str:
     """The backend that serves this call: "native", "triton" or "reference"."""
+    too_many_tokens = False
+    if num_tokens > MAX_TOKENS:  # a branch: that a graph guards on, where it could not pass a symbolic comparison on
+        too_many_tokens = True
     if torch.compiler.is_compiling():
-        return _route_in_graph(op, _last_requested, device, dtype, num_tokens > MAX_TOKENS)
-    chosen, reasons, shared = _resolve(op, _requested.backend, device, dtype, num_tokens > MAX_TOKENS)
+        return _route_in_graph(op, _last_requested, device, dtype, too_many_tokens)
+    chosen, reasons, shared = _resolve(op, _requested.backend, device, dtype, too_many_tokens)
     if chosen == "reference":
         _served[f"{op}:reference"] += 1
         if reasons:
