@@ -63,8 +63,8 @@ struct Place {  // where new memory lies
 };
 
 // Uninitialised memory. The shim is called directly: `torch::stable::empty` looks its operator up by name each time.
-inline Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dims, torch::headeronly::ScalarType dtype,
-                          Place place) {
+inline Tensor new_strided(const int64_t* sizes, const int64_t* strides, int64_t dims,
+                          torch::headeronly::ScalarType dtype, Place place) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), place.device_type,

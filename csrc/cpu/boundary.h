@@ -68,7 +68,7 @@ void with_dtype(torch::headeronly::ScalarType dtype, const F& f) {
 
 inline torch::headeronly::ScalarType accumulator_dtype(const Tensor& t) {
   return t.scalar_type() == torch::headeronly::ScalarType::Double ? torch::headeronly::ScalarType::Double
-                                                                 : torch::headeronly::ScalarType::Float;
+                                                                  : torch::headeronly::ScalarType::Float;
 }
 
 inline Place cpu() { return {aoti_torch_device_type_cpu(), 0}; }

@@ -26,7 +26,9 @@ template <class A, Activation ACTIVATION>
 MF_INLINE Vector<A> activate(Vector<A> z, const Slopes<A>& slopes) {  // bounds first and z second, so that NaN stays
   const Vector<A> zero{}, one = broadcast(A(1)), six = broadcast(A(6));
   if constexpr (ACTIVATION == Activation::relu6) return maximum<A>(zero, minimum<A>(six, z));
-  if constexpr (ACTIVATION == Activation::hardswish) return z * maximum<A>(zero, minimum<A>(one, z * A(1.0 / 6) + A(0.5)));
+  if constexpr (ACTIVATION == Activation::hardswish) {
+    return z * maximum<A>(zero, minimum<A>(one, z * A(1.0 / 6) + A(0.5)));
+  }
   if constexpr (ACTIVATION == Activation::dynamic_relu) return maximum_or_nan<A>(slopes.first * z, slopes.second * z);
   return z;
 }
@@ -47,7 +49,9 @@ template <class A>
 void activate_row(A* row, int64_t count, Activation activation, const Slopes<A>& slopes) {
   if (activation == Activation::identity) return;
   with_activation(activation, [&]<Activation ACTIVATION>() {
-    for (int64_t i = 0; i < count * LANES<A>; i += LANES<A>) store(row + i, activate<A, ACTIVATION>(load(row + i), slopes));
+    for (int64_t i = 0; i < count * LANES<A>; i += LANES<A>) {
+      store(row + i, activate<A, ACTIVATION>(load(row + i), slopes));
+    }
   });
 }
 
@@ -92,7 +96,8 @@ struct RowRing {
   int64_t row_size() const { return (shape.W + 2 * shape.pad()) * LANES<A>; }
   void load_until(int64_t end) {  // rows below `end`
     for (; next < end && next < shape.H; ++next) {
-      load_row<T>(memory + next % count * row_size() + shape.pad() * LANES<A>, x, next, shape.W, shape.C, shape.H, block, channels_last);
+      load_row<T>(memory + next % count * row_size() + shape.pad() * LANES<A>, x, next, shape.W, shape.C, shape.H,
+                  block, channels_last);
     }
   }
   Row<A> row(int64_t h) const { return {memory + h % count * row_size(), LANES<A>}; }
@@ -100,13 +105,12 @@ struct RowRing {
 
 // out[r][w] = sums of ROWS neighbouring output rows, from rows with their padding in memory
 template <class A, int K, int S, int ROWS>
-void convolve_into(A* out,                    // [ROWS][width][LANES]
-                   const Row<A>* rows,        // [K + S*(ROWS-1)]
-                   const Vector<A>* weight,   // [K*K]
+void convolve_into(A* out,                   // [ROWS][width][LANES]
+                   const Row<A>* rows,       // [K + S*(ROWS-1)]
+                   const Vector<A>* weight,  // [K*K]
                    Vector<A> bias, int64_t width) {
-  convolve_rows<A, K, S, ROWS, false>(rows, weight, bias, width, 0, [&](int r, int64_t w, Vector<A> z) {
-    store(out + (r * width + w) * LANES<A>, z);
-  });
+  const auto emit = [&](int r, int64_t w, Vector<A> z) { store(out + (r * width + w) * LANES<A>, z); };
+  convolve_rows<A, K, S, ROWS, false>(rows, weight, bias, width, 0, emit);
 }
 
 // Output rows [begin, end) of a whole block of a channels_last sample of multiplier 1, read and written where it lies
@@ -124,9 +128,10 @@ void depthwise_conv2d_direct(float* y, const float* x,  // one sample
       rows[i] = at < 0 || at >= shape.H ? Row<float>{zeros, 0} : Row<float>{x + (at * shape.W - K / 2) * C + o, C};
     }
     float* target = y + h * next_row + o;
-    convolve_rows<float, K, S, ROWS, true>(rows, weight, bias, shape.OW, shape.W, [&](int r, int64_t w, Vector<float> z) {
+    const auto emit = [&](int r, int64_t w, Vector<float> z) {
       store(target + r * next_row + w * C, activate<float, ACTIVATION>(z, slopes));
-    });
+    };
+    convolve_rows<float, K, S, ROWS, true>(rows, weight, bias, shape.OW, shape.W, emit);
   };
   constexpr int rows_at_once = K == 3 && S == 1 ? 2 : 1;
   int64_t h = begin;
@@ -136,8 +141,8 @@ void depthwise_conv2d_direct(float* y, const float* x,  // one sample
 
 // The same of any block, layout, dtype and multiplier, through rows of scratch memory
 template <class T, int K, int S>
-void depthwise_conv2d_strip(T* y,                         // one sample
-                            Accumulator<T>* out,          // [2][OW][LANES]
+void depthwise_conv2d_strip(T* y,                 // one sample
+                            Accumulator<T>* out,  // [2][OW][LANES]
                             RowRing<T> ring, const Vector<Accumulator<T>>* weight, Vector<Accumulator<T>> bias,
                             int64_t begin, int64_t end, Activation activation, const Slopes<Accumulator<T>>& slopes) {
   using A = Accumulator<T>;
@@ -154,7 +159,8 @@ void depthwise_conv2d_strip(T* y,                         // one sample
     convolve_into<A, K, S, ROWS>(out, rows, weight, bias, shape.OW);
     activate_row<A>(out, ROWS * shape.OW, activation, slopes);
     for (int r = 0; r < ROWS; ++r) {
-      store_row<T>(y, out + r * shape.OW * LANES<A>, h + r, shape.OW, shape.O, shape.OH, ring.block.o, ring.block.used, ring.channels_last);
+      store_row<T>(y, out + r * shape.OW * LANES<A>, h + r, shape.OW, shape.O, shape.OH, ring.block.o, ring.block.used,
+                   ring.channels_last);
     }
   };
   constexpr int rows_at_once = K == 3 && S == 1 ? 2 : 1;
@@ -189,7 +195,8 @@ void depthwise_conv2d_tasks(T* y, const T* x, const T* weight_in, const T* bias_
     if (bias_in != nullptr) bias = load(bias_in + o, block.used);
     Slopes<A> slopes{};
     if (slopes_in != nullptr) {
-      slopes = {load(slopes_in + b * shape.O + o, block.used), load(slopes_in + (shape.B + b) * shape.O + o, block.used)};
+      slopes = {load(slopes_in + b * shape.O + o, block.used),
+                load(slopes_in + (shape.B + b) * shape.O + o, block.used)};
     }
 
     if constexpr (std::is_same_v<T, float>) {
@@ -226,7 +233,9 @@ struct LaneFold {
   }
   MF_INLINE Vector<A> operator()(Vector<A> v) const {
     Vector<A> folded{};
-    for (int i = 0; i < count; ++i) folded += keep[i] ? permute<A>(v, from[i]) : Vector<A>{};  // not times 0: v may be NaN
+    for (int i = 0; i < count; ++i) {
+      folded += keep[i] ? permute<A>(v, from[i]) : Vector<A>{};  // not times 0: v may be NaN
+    }
     return folded;
   }
 };
@@ -239,7 +248,8 @@ void depthwise_conv2d_channels_backward(T* d_x, Accumulator<T>* d_weight_out,  /
                                         const DepthwiseShape& shape, int64_t c_first, int64_t channels,
                                         Activation activation, bool channels_last) {
   using A = Accumulator<T>;
-  constexpr int lanes = LANES<A>, pad = K / 2, halo = (K - 1) / S;  // halo: output rows beyond the strip that reach its input
+  constexpr int lanes = LANES<A>, pad = K / 2;
+  constexpr int halo = (K - 1) / S;  // output rows beyond the strip that reach its input
   const int64_t strip = shape.backward_strip(lanes * sizeof(A));
   const int64_t g_rows = strip + 2 * halo, x_rows = (g_rows - 1) * S + K;
   const int64_t g_row = (shape.OW + 2 * halo) * lanes, x_row = (shape.W + 2 * pad) * lanes, d_row = shape.W * lanes;
@@ -250,7 +260,8 @@ void depthwise_conv2d_channels_backward(T* d_x, Accumulator<T>* d_weight_out,  /
 
   for (int64_t begin = 0; begin < shape.OH; begin += strip) {
     const int64_t end = begin + strip < shape.OH ? begin + strip : shape.OH;
-    const int64_t h_begin = begin * S, h_end = end == shape.OH ? shape.H : end * S;  // input rows whose d_x is made here
+    // input rows whose d_x is made here
+    const int64_t h_begin = begin * S, h_end = end == shape.OH ? shape.H : end * S;
     const int64_t g_first = begin - halo, x_first = g_first * S - pad;
     A* const g_base = g_memory + halo * lanes;  // column 0 of row g_first
     for (int64_t i = 0; i < (h_end - h_begin) * d_row; ++i) d_memory[i] = 0;
@@ -300,11 +311,13 @@ void depthwise_conv2d_channels_backward(T* d_x, Accumulator<T>* d_weight_out,  /
         const A* rows[K];
         for (int u = 0; u < K; ++u) {
           const int64_t reach = h + pad - u;  // S times the output row that tap u connects to row h
-          rows[u] = reach % S == 0 && reach >= 0 && reach / S < shape.OH ? g_base + (reach / S - g_first) * g_row : nullptr;
+          rows[u] =
+              reach % S == 0 && reach >= 0 && reach / S < shape.OH ? g_base + (reach / S - g_first) * g_row : nullptr;
         }
         A* target = d_memory + (h - h_begin) * d_row;
         if (shape.mult == 1) {
-          input_gradient_row<A, K, S>(rows, weight, shape.W, [&](int64_t w, Vector<A> v) { store(target + w * lanes, v); });
+          input_gradient_row<A, K, S>(rows, weight, shape.W,
+                                      [&](int64_t w, Vector<A> v) { store(target + w * lanes, v); });
         } else {
           input_gradient_row<A, K, S>(rows, weight, shape.W, [&](int64_t w, Vector<A> v) {
             store(target + w * lanes, load(target + w * lanes) + fold(v));
@@ -313,7 +326,8 @@ void depthwise_conv2d_channels_backward(T* d_x, Accumulator<T>* d_weight_out,  /
       }
     }
     for (int64_t h = h_begin; h < h_end; ++h) {
-      store_row<T>(d_x, d_memory + (h - h_begin) * d_row, h, shape.W, shape.C, shape.H, c_first, int(channels), channels_last);
+      store_row<T>(d_x, d_memory + (h - h_begin) * d_row, h, shape.W, shape.C, shape.H, c_first, int(channels),
+                   channels_last);
     }
   }
 }
@@ -342,7 +356,8 @@ namespace {
 Activation activation_of(const std::string& name) {
   if (name == "hardswish") return Activation::hardswish;
   if (name == "relu6") return Activation::relu6;
-  STD_TORCH_CHECK(name == "identity", "depthwise_conv2d: activation: expected hardswish, relu6 or identity, got ", name);
+  STD_TORCH_CHECK(name == "identity", "depthwise_conv2d: activation: expected hardswish, relu6 or identity, got ",
+                  name);
   return Activation::identity;
 }
 
@@ -375,15 +390,16 @@ Tensor forward(const Tensor& x_in, const Tensor& weight_in, const std::optional<
     MF_CALL(depthwise_conv2d_steps<T>(tasks, channels, shape));
     torch::stable::parallel_for(0, shape.B * tasks, 1, [&](int64_t begin, int64_t end) {
       with_window(shape, [&]<int K, int S>() {
-        MF_CALL(depthwise_conv2d_tasks<T, K, S>(y_data, x_data, weight_data, bias_data, slopes, shape, begin, end, activation,
-                                                x.channels_last));
+        MF_CALL(depthwise_conv2d_tasks<T, K, S>(y_data, x_data, weight_data, bias_data, slopes, shape, begin, end,
+                                                activation, x.channels_last));
       });
     });
   });
   return y.tensor;
 }
 
-Tensor depthwise_conv2d_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t stride, std::string activation) {
+Tensor depthwise_conv2d_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t stride,
+                            std::string activation) {
   count_served(Kernel::depthwise_conv2d_fwd);
   return forward(x, weight, bias, std::nullopt, stride, activation_of(activation));
 }
@@ -394,9 +410,10 @@ Tensor depthwise_dynamic_relu(Tensor x, Tensor weight, std::optional<Tensor> bia
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_in, Tensor weight_in,
-                                                        std::optional<Tensor> bias_in, int64_t stride, std::string name) {
+                                                        std::optional<Tensor> bias_in, int64_t stride,
+                                                        std::string name) {
   const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
-  const Tensor weight = as_contiguous(weight_in);  // (O, 1, K, K)
+  const Tensor weight = as_contiguous(weight_in);                  // (O, 1, K, K)
   const Tensor bias = bias_in ? as_contiguous(*bias_in) : weight;  // (O), else not read
   const DepthwiseShape shape(x, weight, stride);
   const FeatureMap d_x = new_map(x, shape.C, shape.H, shape.W);
@@ -408,7 +425,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_
     using A = Accumulator<T>;
     const T *x_data = data<T>(x.tensor), *d_y_data = data<T>(d_y.tensor), *weight_data = data<T>(weight);
     const T* bias_data = bias_in ? data<T>(bias) : nullptr;
-    T *d_x_data = mutable_data<T>(d_x.tensor), *d_weight_data = mutable_data<T>(d_weight), *d_bias_data = mutable_data<T>(d_bias);
+    T *d_x_data = mutable_data<T>(d_x.tensor), *d_weight_data = mutable_data<T>(d_weight),
+      *d_bias_data = mutable_data<T>(d_bias);
     int64_t tasks, channels;
     MF_CALL(depthwise_conv2d_steps<T>(tasks, channels, shape));
     const int64_t groups = ceil_div(shape.C, channels), taps = shape.K * shape.K, sums = shape.O * (taps + 1);

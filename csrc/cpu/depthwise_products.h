@@ -16,8 +16,8 @@ struct Row {
 // Calls emit(r, column, sum) for ROWS neighbouring output rows and COLUMNS neighbouring output columns.
 // BORDERED: the padding is not in memory, so columns outside [K/2, K/2 + width) are not read.
 template <class A, int K, int S, int ROWS, int COLUMNS, bool BORDERED, class Emit>
-MF_INLINE void convolve_block(const Row<A>* rows,        // [K + S*(ROWS-1)]
-                              const Vector<A>* weight,   // [K*K]
+MF_INLINE void convolve_block(const Row<A>* rows,       // [K + S*(ROWS-1)]
+                              const Vector<A>* weight,  // [K*K]
                               Vector<A> bias, int64_t column, int64_t input_width, const Emit& emit) {
   constexpr int reads = S * (COLUMNS - 1) + K;
   Vector<A> acc[ROWS][COLUMNS];
@@ -55,8 +55,8 @@ MF_INLINE void convolve_block(const Row<A>* rows,        // [K + S*(ROWS-1)]
 // Calls emit(r, column, sum) for ROWS output rows of `width` columns. float64 is for checking gradients, not for speed:
 // it goes column by column, which halves the code.
 template <class A, int K, int S, int ROWS, bool BORDERED, class Emit>
-MF_INLINE void convolve_rows(const Row<A>* rows, const Vector<A>* weight, Vector<A> bias, int64_t width, int64_t input_width,
-                             const Emit& emit) {
+MF_INLINE void convolve_rows(const Row<A>* rows, const Vector<A>* weight, Vector<A> bias, int64_t width,
+                             int64_t input_width, const Emit& emit) {
   constexpr int block = sizeof(A) == 4 ? 4 : 1;
   int64_t column = 0;
   if (BORDERED && width >= block) {
@@ -82,10 +82,10 @@ MF_INLINE void convolve_rows(const Row<A>* rows, const Vector<A>* weight, Vector
 
 // d_weight[u][v] += sum_j g[j] x_u[S*j + v], d_bias += sum_j g[j], for one output row
 template <class A, int K, int S>
-MF_INLINE void add_weight_gradient(Vector<A>* d_weight,      // [K*K]
+MF_INLINE void add_weight_gradient(Vector<A>* d_weight,  // [K*K]
                                    Vector<A>& d_bias,
-                                   const A* g,               // [width][LANES]
-                                   const Row<A>* rows,       // [K]
+                                   const A* g,          // [width][LANES]
+                                   const Row<A>* rows,  // [K]
                                    int64_t width) {
   constexpr int lanes = LANES<A>;
   Vector<A> acc[K * K], total = d_bias;
@@ -107,8 +107,8 @@ MF_INLINE void add_weight_gradient(Vector<A>* d_weight,      // [K*K]
 
 // d_x[w] = sum over the taps that reach it: output row (h + K/2 - u) / S and column (w + K/2 - v) / S where they divide
 template <class A, int K, int S, class Emit>
-MF_INLINE void input_gradient_row(const A* const* g_rows,    // [K] by tap u: column 0 of its output row, null where none
-                                  const Vector<A>* weight,   // [K*K]
+MF_INLINE void input_gradient_row(const A* const* g_rows,   // [K] by tap u: column 0 of its output row, null where none
+                                  const Vector<A>* weight,  // [K*K]
                                   int64_t width, const Emit& emit) {
   constexpr int lanes = LANES<A>, pad = K / 2;
 #pragma GCC unroll 2

@@ -43,7 +43,8 @@ MF_INLINE Vector<A> permute(Vector<A> v, IntegerVector<A> from) {
 template <class T>
 void load_row(Accumulator<T>* row,  // [W][LANES]
               const T* x,           // one sample
-              int64_t h, int64_t W, int64_t C, int64_t H, const ChannelBlock<Accumulator<T>>& block, bool channels_last) {
+              int64_t h, int64_t W, int64_t C, int64_t H, const ChannelBlock<Accumulator<T>>& block,
+              bool channels_last) {
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;
   if (channels_last) {
@@ -78,8 +79,8 @@ void load_row(Accumulator<T>* row,  // [W][LANES]
 
 // y[h][w] of the channels c ... c + used - 1 = row[w][lane], rounded to T
 template <class T>
-void store_row(T* y,                      // one sample of C channels
-               const Accumulator<T>* row, // [W][LANES]
+void store_row(T* y,                       // one sample of C channels
+               const Accumulator<T>* row,  // [W][LANES]
                int64_t h, int64_t W, int64_t C, int64_t H, int64_t c, int used, bool channels_last) {
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;

@@ -7,7 +7,7 @@ namespace mf {
 
 // Legend: B batch, C input and O = C*mult output channels, H W input and OH OW output sides, K kernel side, S stride.
 struct DepthwiseShape {
-  static constexpr int64_t STRIP = 32;  // output rows of one forward task
+  static constexpr int64_t STRIP = 32;                // output rows of one forward task
   static constexpr int64_t STRIP_BYTES = 512 * 1024;  // what a backward strip may keep in the second-level cache
   int64_t B, C, O, mult, H, W, OH, OW, K, S;
 

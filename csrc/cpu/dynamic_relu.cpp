@@ -13,7 +13,8 @@
 namespace mf::MF_ISA {
 
 template <class T>
-MF_INLINE void dynamic_relu_vector(T* y, const T* x, Vector<Accumulator<T>> slope1, Vector<Accumulator<T>> slope2, int lanes) {
+MF_INLINE void dynamic_relu_vector(T* y, const T* x, Vector<Accumulator<T>> slope1, Vector<Accumulator<T>> slope2,
+                                   int lanes) {
   using A = Accumulator<T>;
   const Vector<A> value = load(x, lanes);
   store(y, maximum_or_nan<A>(slope1 * value, slope2 * value), lanes);
@@ -32,13 +33,16 @@ void dynamic_relu_plane(T* y, const T* x, Accumulator<T> slope1, Accumulator<T> 
 
 // `count` positions of one sample, C channels each, neighbours in memory
 template <class T>
-void dynamic_relu_rows(T* y, const T* x, const Accumulator<T>* slope1, const Accumulator<T>* slope2, int64_t count, int64_t C) {
+void dynamic_relu_rows(T* y, const T* x, const Accumulator<T>* slope1, const Accumulator<T>* slope2, int64_t count,
+                       int64_t C) {
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;
   for (int64_t l = 0; l < count; ++l, y += C, x += C) {
     int64_t c = 0;
     for (; c + lanes <= C; c += lanes) dynamic_relu_vector<T>(y + c, x + c, load(slope1 + c), load(slope2 + c), lanes);
-    if (c < C) dynamic_relu_vector<T>(y + c, x + c, load(slope1 + c, int(C - c)), load(slope2 + c, int(C - c)), int(C - c));
+    if (c < C) {
+      dynamic_relu_vector<T>(y + c, x + c, load(slope1 + c, int(C - c)), load(slope2 + c, int(C - c)), int(C - c));
+    }
   }
 }
 
@@ -60,13 +64,16 @@ MF_INLINE void dynamic_relu_vector_backward(T* d_x, const T* d_y, const T* x, Ve
 
 template <class T>
 void dynamic_relu_plane_backward(T* d_x, Accumulator<T>* d_slopes,  // d_slopes[0], d_slopes[1]
-                                 const T* d_y, const T* x, Accumulator<T> slope1, Accumulator<T> slope2, int64_t count) {
+                                 const T* d_y, const T* x, Accumulator<T> slope1, Accumulator<T> slope2,
+                                 int64_t count) {
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;
   const Vector<A> a1 = broadcast(slope1), a2 = broadcast(slope2);
   Vector<A> d_a1{}, d_a2{};
   int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) dynamic_relu_vector_backward<T>(d_x + i, d_y + i, x + i, a1, a2, d_a1, d_a2, lanes);
+  for (; i + lanes <= count; i += lanes) {
+    dynamic_relu_vector_backward<T>(d_x + i, d_y + i, x + i, a1, a2, d_a1, d_a2, lanes);
+  }
   if (i < count) dynamic_relu_vector_backward<T>(d_x + i, d_y + i, x + i, a1, a2, d_a1, d_a2, int(count - i));
   d_slopes[0] = sum<A>(d_a1);
   d_slopes[1] = sum<A>(d_a2);
@@ -130,7 +137,8 @@ void dynamic_relu_into(const FeatureMap& y, const FeatureMap& x, const Tensor& t
       torch::stable::parallel_for(0, B * L, ceil_div(GRAIN, C), [&](int64_t begin, int64_t end) {
         while (begin < end) {
           const int64_t b = begin / L, count = std::min(end, (b + 1) * L) - begin;
-          MF_CALL(dynamic_relu_rows<T>(y_data + begin * C, x_data + begin * C, slope1 + b * C, slope2 + b * C, count, C));
+          MF_CALL(
+              dynamic_relu_rows<T>(y_data + begin * C, x_data + begin * C, slope1 + b * C, slope2 + b * C, count, C));
           begin += count;
         }
       });
@@ -178,7 +186,8 @@ std::tuple<Tensor, Tensor> dynamic_relu_bwd(Tensor d_y_in, Tensor x_in, Tensor t
         for (int64_t i = begin; i < end; ++i) {
           const int64_t b = i / groups, c = i % groups * columns, at = b * C + c, offset = x.offset(b, c, 0);
           MF_CALL(dynamic_relu_columns_backward<T>(d_x_data + offset, d_slope1 + at, d_slope2 + at, d_y_data + offset,
-                                                   x_data + offset, slope1 + at, slope2 + at, L, std::min(columns, C - c), C));
+                                                   x_data + offset, slope1 + at, slope2 + at, L,
+                                                   std::min(columns, C - c), C));
         }
       });
     } else {
@@ -195,8 +204,10 @@ std::tuple<Tensor, Tensor> dynamic_relu_bwd(Tensor d_y_in, Tensor x_in, Tensor t
     for (int64_t b = 0; b < B; ++b) {  // a1 and a2 are both 2 hsig(theta) + const
       for (int64_t c = 0; c < C; ++c) {
         const int64_t at1 = b * 2 * C + c, at2 = at1 + C;
-        from_accumulator(d_theta_data[at1], A(2) * d_slope1[b * C + c] * hard_sigmoid_slope(to_accumulator(theta_data[at1])));
-        from_accumulator(d_theta_data[at2], A(2) * d_slope2[b * C + c] * hard_sigmoid_slope(to_accumulator(theta_data[at2])));
+        from_accumulator(d_theta_data[at1],
+                         A(2) * d_slope1[b * C + c] * hard_sigmoid_slope(to_accumulator(theta_data[at1])));
+        from_accumulator(d_theta_data[at2],
+                         A(2) * d_slope2[b * C + c] * hard_sigmoid_slope(to_accumulator(theta_data[at2])));
       }
     }
   });

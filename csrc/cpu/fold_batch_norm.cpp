@@ -31,9 +31,9 @@ namespace {
 
 std::tuple<Tensor, Tensor> fold_batch_norm(Tensor weight_in, Tensor norm_weight_in, Tensor norm_bias_in, Tensor mean_in,
                                            Tensor variance_in, double eps) {
-  const Tensor weight = as_contiguous(weight_in);  // (O, I, K, K)
-  const Tensor norm_weight = as_contiguous(norm_weight_in), norm_bias = as_contiguous(norm_bias_in);  // (O)
-  const Tensor mean = as_contiguous(mean_in), variance = as_contiguous(variance_in);                  // (O)
+  const Tensor weight = as_contiguous(weight_in);  // (O, I, K, K), the others (O)
+  const Tensor norm_weight = as_contiguous(norm_weight_in), norm_bias = as_contiguous(norm_bias_in);
+  const Tensor mean = as_contiguous(mean_in), variance = as_contiguous(variance_in);
   const int64_t O = weight.size(0), J = weight.size(1) * weight.size(2) * weight.size(3);
   const Tensor folded = new_tensor({O, weight.size(1), weight.size(2), weight.size(3)}, weight.scalar_type());
   const Tensor bias = new_tensor({O}, weight.scalar_type());

@@ -38,10 +38,10 @@ void softmax_over_tokens(A* weights, int64_t P, int64_t used) {
 
 // One span of one head of one sample
 template <class T>
-void former_to_mobile_span(T* y,                      // like x
-                           const Accumulator<T>* k,   // [M][E], times scale * log2(e)
-                           const Accumulator<T>* v,   // [M][E]
-                           const T* x,                // first channel of the head, first position of the span
+void former_to_mobile_span(T* y,                     // like x
+                           const Accumulator<T>* k,  // [M][E], times scale * log2(e)
+                           const Accumulator<T>* v,  // [M][E]
+                           const T* x,               // first channel of the head, first position of the span
                            int64_t M, int64_t E, int64_t count, int64_t channel_stride, int64_t position_stride) {
   using A = Accumulator<T>;
   const int P = tile_positions<A>(E, count);
@@ -61,13 +61,13 @@ void former_to_mobile_span(T* y,                      // like x
 
 // One span of the gradient: d_x of its positions, and its share of d_k and d_v
 template <class T>
-void former_to_mobile_span_backward(Accumulator<T>* d_k_partial,     // [M][E]
-                                    Accumulator<T>* d_v_partial,     // [M][E]
-                                    T* d_x,                          // like x
-                                    const T* d_y,                    // like x
-                                    const Accumulator<T>* k_base2,   // [M][E], times scale * log2(e)
-                                    const Accumulator<T>* k,         // [M][E], times scale
-                                    const Accumulator<T>* v,         // [M][E]
+void former_to_mobile_span_backward(Accumulator<T>* d_k_partial,    // [M][E]
+                                    Accumulator<T>* d_v_partial,    // [M][E]
+                                    T* d_x,                         // like x
+                                    const T* d_y,                   // like x
+                                    const Accumulator<T>* k_base2,  // [M][E], times scale * log2(e)
+                                    const Accumulator<T>* k,        // [M][E], times scale
+                                    const Accumulator<T>* v,        // [M][E]
                                     const T* x, int64_t M, int64_t E, int64_t count, Accumulator<T> scale,
                                     int64_t channel_stride, int64_t position_stride) {
   using A = Accumulator<T>;
@@ -111,7 +111,8 @@ namespace mf {
 namespace {
 
 // y may be x: a task reads its tile before it writes it
-void former_to_mobile_into(const FeatureMap& y, const FeatureMap& x, const Tensor& k, const Tensor& v, int64_t num_heads) {
+void former_to_mobile_into(const FeatureMap& y, const FeatureMap& x, const Tensor& k, const Tensor& v,
+                           int64_t num_heads) {
   const AttentionProblem p(x, k, num_heads);
   count_served(Kernel::former_to_mobile_fwd);
   with_dtype(x.tensor.scalar_type(), [&]<class T>() {
@@ -168,9 +169,9 @@ std::tuple<Tensor, Tensor, Tensor> former_to_mobile_bwd(Tensor d_y_in, Tensor x_
         take_head<T>(k_rows, k_data, p, b, n, scale);
         take_head<T>(v_rows, v_data, p, b, n, A(1));
         const int64_t offset = x.offset(b, n * p.E, first);
-        MF_CALL(former_to_mobile_span_backward<T>(
-            d_k_partials + i * rows, d_v_partials + i * rows, d_x_data + offset, d_y_data + offset, k_base2, k_rows,
-            v_rows, x_data + offset, p.M, p.E, count, scale, x.channel_stride(), x.position_stride()));
+        MF_CALL(former_to_mobile_span_backward<T>(d_k_partials + i * rows, d_v_partials + i * rows, d_x_data + offset,
+                                                  d_y_data + offset, k_base2, k_rows, v_rows, x_data + offset, p.M, p.E,
+                                                  count, scale, x.channel_stride(), x.position_stride()));
       }
     });
     sum_spans<T>(mutable_data<T>(d_k), d_k_partials, p);

@@ -10,8 +10,8 @@ namespace {
 
 constexpr const char* ISA_NAMES[ISA_COUNT] = {"baseline", "avx2", "avx512"};
 constexpr const char* KERNEL_NAMES[KERNEL_COUNT] = {
-    "mobile_to_former_fwd", "mobile_to_former_bwd", "former_to_mobile_fwd", "former_to_mobile_bwd",
-    "dynamic_relu_fwd",     "dynamic_relu_bwd",     "depthwise_conv2d_fwd", "depthwise_conv2d_bwd",
+    "mobile_to_former_fwd",   "mobile_to_former_bwd", "former_to_mobile_fwd", "former_to_mobile_bwd",
+    "dynamic_relu_fwd",       "dynamic_relu_bwd",     "depthwise_conv2d_fwd", "depthwise_conv2d_bwd",
     "depthwise_dynamic_relu", "token_side",           "fold_batch_norm",
 };
 
@@ -23,19 +23,15 @@ bool runnable(Isa which) {
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    default:
-      return true;
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    default: return true;
   }
 #else
   return which == Isa::baseline;
 #endif
 }
 
-Isa best() {
-  return runnable(Isa::avx512) ? Isa::avx512 : runnable(Isa::avx2) ? Isa::avx2 : Isa::baseline;
-}
+Isa best() { return runnable(Isa::avx512) ? Isa::avx512 : runnable(Isa::avx2) ? Isa::avx2 : Isa::baseline; }
 
 // -1 where the name is unknown or the CPU lacks it
 int find(const char* name) {
@@ -90,7 +86,10 @@ MF_EXPORT const char* mf_kernels_cpu_report() {
     if (runnable(static_cast<Isa>(i))) append(able, name);
     for (int k = 0; k < KERNEL_COUNT; ++k) {
       const uint64_t n = calls[k][i].load(std::memory_order_relaxed);
-      if (n > 0) append(served, std::string("\"") + KERNEL_NAMES[k] + ":native:cpu:" + ISA_NAMES[i] + "\": " + std::to_string(n));
+      if (n > 0) {
+        append(served,
+               std::string("\"") + KERNEL_NAMES[k] + ":native:cpu:" + ISA_NAMES[i] + "\": " + std::to_string(n));
+      }
     }
   }
   text = std::string("{\"isa\": \"") + ISA_NAMES[static_cast<int>(isa())] + "\", \"compiled\": [" + compiled +

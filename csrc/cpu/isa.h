@@ -34,11 +34,11 @@ void count_served(Kernel kernel);
 
 // Calls a function of the namespace that was compiled for the instruction set in use.
 #if defined(__x86_64__)
-#define MF_CALL(...)                                     \
-  switch (::mf::isa()) {                                 \
+#define MF_CALL(...)                                          \
+  switch (::mf::isa()) {                                      \
     case ::mf::Isa::avx512: ::mf::avx512::__VA_ARGS__; break; \
     case ::mf::Isa::avx2: ::mf::avx2::__VA_ARGS__; break;     \
-    default: ::mf::baseline::__VA_ARGS__;                \
+    default: ::mf::baseline::__VA_ARGS__;                     \
   }
 #else
 #define MF_CALL(...) ::mf::baseline::__VA_ARGS__

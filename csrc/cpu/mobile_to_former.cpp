@@ -18,9 +18,9 @@ namespace mf::MF_ISA {
 
 // One span of one head of one sample: its weighted sum of positions, and the maximum and sum of its own softmax
 template <class T>
-void mobile_to_former_span(Accumulator<T>* partial,   // [M][E + 2]: weighted sum, maximum (base 2), sum
-                           const Accumulator<T>* q,   // [M][E], times scale * log2(e)
-                           const T* x,                // first channel of the head, first position of the span
+void mobile_to_former_span(Accumulator<T>* partial,  // [M][E + 2]: weighted sum, maximum (base 2), sum
+                           const Accumulator<T>* q,  // [M][E], times scale * log2(e)
+                           const T* x,               // first channel of the head, first position of the span
                            int64_t M, int64_t E, int64_t count, int64_t channel_stride, int64_t position_stride) {
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;
@@ -63,12 +63,12 @@ void mobile_to_former_span(Accumulator<T>* partial,   // [M][E + 2]: weighted su
 
 // One span of the gradient: d_x of its positions, and its share of d_q
 template <class T>
-void mobile_to_former_span_backward(Accumulator<T>* d_q_partial,         // [M][E]
-                                    T* d_x,                              // like x
-                                    const Accumulator<T>* q,             // [M][E], times scale
-                                    const Accumulator<T>* d_out,         // [M][E]
-                                    const Accumulator<T>* log_sum_exp,   // [M]
-                                    const Accumulator<T>* delta,         // [M]: sum_c d_out out
+void mobile_to_former_span_backward(Accumulator<T>* d_q_partial,        // [M][E]
+                                    T* d_x,                             // like x
+                                    const Accumulator<T>* q,            // [M][E], times scale
+                                    const Accumulator<T>* d_out,        // [M][E]
+                                    const Accumulator<T>* log_sum_exp,  // [M]
+                                    const Accumulator<T>* delta,        // [M]: sum_c d_out out
                                     const T* x, int64_t M, int64_t E, int64_t count, Accumulator<T> scale,
                                     int64_t channel_stride, int64_t position_stride) {
   using A = Accumulator<T>;
@@ -95,8 +95,8 @@ void mobile_to_former_span_backward(Accumulator<T>* d_q_partial,         // [M][
     }
     for (int64_t i = 0; i < E * P; ++i) d_tile[i] = 0;
     with_tokens(M, [&]<int TOKENS>() {
-      add_rows<A, TOKENS>(d_tile, weights, d_out, E, P, used);   // x as the value
-      add_rows<A, TOKENS>(d_tile, d_scores, q, E, P, used);      // x as the key
+      add_rows<A, TOKENS>(d_tile, weights, d_out, E, P, used);  // x as the value
+      add_rows<A, TOKENS>(d_tile, d_scores, q, E, P, used);     // x as the key
       add_tile_dots<A, TOKENS>(d_q_partial, d_scores, tile, E, P, used);
     });
     store_tile<T>(d_tile, P, E, here, d_x + begin * position_stride, channel_stride, position_stride);
@@ -132,7 +132,8 @@ std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_
         take_head<T>(rows, q_data, p, b, n, scale * A(LOG2_E));
         const T* source = x_data + x.offset(b, n * p.E, first);
         A* partial = partials + i * p.M * (p.E + 2);
-        MF_CALL(mobile_to_former_span<T>(partial, rows, source, p.M, p.E, count, x.channel_stride(), x.position_stride()));
+        MF_CALL(
+            mobile_to_former_span<T>(partial, rows, source, p.M, p.E, count, x.channel_stride(), x.position_stride()));
       }
     });
     for (int64_t row = 0; row < p.B * p.N * p.M; ++row) {  // merge the spans
@@ -157,8 +158,8 @@ std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_
   return {out, log_sum_exp};
 }
 
-std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Tensor q_in, Tensor out, Tensor log_sum_exp,
-                                                int64_t num_heads) {
+std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Tensor q_in, Tensor out,
+                                                Tensor log_sum_exp, int64_t num_heads) {
   const FeatureMap x = feature_map(x_in);
   const Tensor q = as_contiguous(q_in), d_out = as_contiguous(d_out_in);  // (B, M, C)
   const AttentionProblem p(x, q, num_heads);
@@ -184,9 +185,9 @@ std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Te
           for (int64_t e = 0; e < p.E; ++e) delta[m] += d_rows[m * p.E + e] * out_rows[m * p.E + e];
         }
         const int64_t offset = x.offset(b, n * p.E, first);
-        MF_CALL(mobile_to_former_span_backward<T>(
-            partials + i * p.M * p.E, d_x_data + offset, rows, d_rows, log_sum_exp_data + (b * p.N + n) * p.M, delta,
-            x_data + offset, p.M, p.E, count, scale, x.channel_stride(), x.position_stride()));
+        MF_CALL(mobile_to_former_span_backward<T>(partials + i * p.M * p.E, d_x_data + offset, rows, d_rows,
+                                                  log_sum_exp_data + (b * p.N + n) * p.M, delta, x_data + offset, p.M,
+                                                  p.E, count, scale, x.channel_stride(), x.position_stride()));
       }
     });
     sum_spans<T>(d_q_data, partials, p);

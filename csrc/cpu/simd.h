@@ -143,10 +143,12 @@ MF_INLINE Vector<double> exp2_nonpositive(Vector<double> x) {
   const Vector<double> shifted = clamped + 6755399441055744.0;  // 1.5 * 2^52
   const Vector<double> r = (clamped - (shifted - 6755399441055744.0)) * 0.693147180559945309417;
   Vector<double> p = broadcast(1.0 / 6227020800.0);  // Taylor of e^r, |r| <= ln(2)/2
+  // clang-format off
   constexpr double inverse_factorials[] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
                                            1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,     1.0 / 120.0,
                                            1.0 / 24.0,        1.0 / 6.0,        0.5,             1.0,
                                            1.0};
+  // clang-format on
   for (double term : inverse_factorials) p = p * r + term;
   return (Vector<double>)((IntegerVector<double>)p + ((IntegerVector<double>)shifted << 52));
 }

@@ -21,16 +21,17 @@ int tile_positions(int64_t channels, int64_t positions) {
 
 // tile[c][p] for p < count; zeros from count up to the next multiple of the lanes
 template <class T>
-void load_tile(Accumulator<T>* tile,     // [channels][tile_stride]
+void load_tile(Accumulator<T>* tile,  // [channels][tile_stride]
                int64_t tile_stride, int64_t channels, int64_t count,
-               const T* source,          // first channel, first position
+               const T* source,  // first channel, first position
                int64_t channel_stride, int64_t position_stride) {
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;
   if (position_stride == 1) {
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t p = 0; p < count; p += lanes) {
-        store(tile + c * tile_stride + p, load(source + c * channel_stride + p, int(count - p < lanes ? count - p : lanes)));
+        store(tile + c * tile_stride + p,
+              load(source + c * channel_stride + p, int(count - p < lanes ? count - p : lanes)));
       }
     }
     return;
@@ -46,7 +47,9 @@ void load_tile(Accumulator<T>* tile,     // [channels][tile_stride]
         for (int i = 0; i < lanes; ++i) square[i] = load(corner + i * position_stride);
       } else {
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) square[i] = i < rows ? load(corner + i * position_stride, columns) : Vector<A>{};
+        for (int i = 0; i < lanes; ++i) {
+          square[i] = i < rows ? load(corner + i * position_stride, columns) : Vector<A>{};
+        }
       }
       transpose<A>(square);
       A* target = tile + c * tile_stride + p;
@@ -64,14 +67,15 @@ void load_tile(Accumulator<T>* tile,     // [channels][tile_stride]
 template <class T>
 void store_tile(const Accumulator<T>* tile,  // [channels][tile_stride]
                 int64_t tile_stride, int64_t channels, int64_t count,
-                T* target,               // first channel, first position
+                T* target,  // first channel, first position
                 int64_t channel_stride, int64_t position_stride) {
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;
   if (position_stride == 1) {
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t p = 0; p < count; p += lanes) {
-        store(target + c * channel_stride + p, load(tile + c * tile_stride + p), int(count - p < lanes ? count - p : lanes));
+        store(target + c * channel_stride + p, load(tile + c * tile_stride + p),
+              int(count - p < lanes ? count - p : lanes));
       }
     }
     return;

@@ -10,11 +10,15 @@ constexpr int MAX_TOKENS = 8;
 // How many independent accumulators fit the registers beside their operands
 constexpr int ACCUMULATORS = MF_ISA_REGISTERS == 32 ? 24 : 12;
 template <int M>
-constexpr int BLOCK = ACCUMULATORS / M > 4 ? 4 : ACCUMULATORS / M < 1 ? 1 : ACCUMULATORS / M;
+constexpr int BLOCK = ACCUMULATORS / M > 4   ? 4
+                      : ACCUMULATORS / M < 1 ? 1
+                                             : ACCUMULATORS / M;
 
 // Right-hand rows of a product whose sums are few: as many as fill the vectors that sum_each reduces together
 template <int M>
-constexpr int SUMS_BLOCK = M == 1 ? (MF_ISA_REGISTERS == 32 ? 16 : 8) : M == 2 ? (MF_ISA_REGISTERS == 32 ? 8 : 4) : BLOCK<M>;
+constexpr int SUMS_BLOCK = M == 1   ? (MF_ISA_REGISTERS == 32 ? 16 : 8)
+                           : M == 2 ? (MF_ISA_REGISTERS == 32 ? 8 : 4)
+                                    : BLOCK<M>;
 
 // Calls f.template operator()<M>() with the number of tokens as a compile-time constant
 template <class F>
@@ -55,13 +59,15 @@ MF_INLINE void rows_dot_tile_block(A* scores, const A* rows, const A* tile, int6
 
 // scores[m][p] = sum_c rows[m][c] tile[c][p]
 template <class A, int M>
-void rows_dot_tile(A* scores,        // [M][P]
-                   const A* rows,    // [M][E]
-                   const A* tile,    // [E][P]
+void rows_dot_tile(A* scores,      // [M][P]
+                   const A* rows,  // [M][E]
+                   const A* tile,  // [E][P]
                    int64_t E, int64_t P, int64_t used) {
   constexpr int lanes = LANES<A>, block = BLOCK<M>;
   int64_t p = 0;
-  for (; p + block * lanes <= used; p += block * lanes) rows_dot_tile_block<A, M, block>(scores + p, rows, tile + p, E, P);
+  for (; p + block * lanes <= used; p += block * lanes) {
+    rows_dot_tile_block<A, M, block>(scores + p, rows, tile + p, E, P);
+  }
   for (; p < used; p += lanes) rows_dot_tile_block<A, M, 1>(scores + p, rows, tile + p, E, P);
 }
 
@@ -91,9 +97,9 @@ MF_INLINE void add_rows_block(A* tile, const A* weights, const A* rows, int64_t 
 
 // tile[c][p] += sum_m weights[m][p] rows[m][c]
 template <class A, int M>
-void add_rows(A* tile,             // [E][P]
-              const A* weights,    // [M][P]
-              const A* rows,       // [M][E]
+void add_rows(A* tile,           // [E][P]
+              const A* weights,  // [M][P]
+              const A* rows,     // [M][E]
               int64_t E, int64_t P, int64_t used) {
   constexpr int lanes = LANES<A>, block = BLOCK<M>;
   int64_t p = 0;
@@ -105,9 +111,9 @@ void add_rows(A* tile,             // [E][P]
 // AHEAD: `right` goes on in memory where the next call will read; fetch that into the second-level cache meanwhile
 // (it has more misses under way at once than the first: 1.4 times the bandwidth from memory, measured).
 template <class A, int M, int CHANNELS, bool AHEAD = false>
-MF_INLINE void add_rows_dots(A* sums,          // [M][sums_stride]
-                             const A* left,    // [M][left_stride]
-                             const A* right,   // [CHANNELS][right_stride]
+MF_INLINE void add_rows_dots(A* sums,         // [M][sums_stride]
+                             const A* left,   // [M][left_stride]
+                             const A* right,  // [CHANNELS][right_stride]
                              int64_t sums_stride, int64_t left_stride, int64_t right_stride, int64_t used) {
   constexpr int lanes = LANES<A>;
   constexpr int count = M * CHANNELS, padded = (count + lanes - 1) / lanes * lanes;
@@ -141,9 +147,9 @@ MF_INLINE void add_rows_dots(A* sums,          // [M][sums_stride]
 
 // sums[m][c] += sum_p weights[m][p] tile[c][p]
 template <class A, int M>
-void add_tile_dots(A* sums,             // [M][E]
-                   const A* weights,    // [M][P]
-                   const A* tile,       // [E][P]
+void add_tile_dots(A* sums,           // [M][E]
+                   const A* weights,  // [M][P]
+                   const A* tile,     // [E][P]
                    int64_t E, int64_t P, int64_t used) {
   constexpr int block = BLOCK<M>;
   int64_t c = 0;

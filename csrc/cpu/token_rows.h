@@ -13,7 +13,8 @@ struct AttentionProblem {
   int64_t B, C, L, M, N, E, spans;
 
   AttentionProblem(const FeatureMap& x, const Tensor& tokens, int64_t num_heads)
-      : B(x.batch), C(x.channels), L(x.positions()), M(tokens.size(1)), N(num_heads), E(C / N), spans(ceil_div(L, SPAN)) {}
+      : B(x.batch), C(x.channels), L(x.positions()), M(tokens.size(1)), N(num_heads), E(C / N),
+        spans(ceil_div(L, SPAN)) {}
 
   int64_t tasks() const { return B * N * spans; }
 
@@ -28,7 +29,8 @@ struct AttentionProblem {
 
 // rows[m][e] = source[b][m][n*E + e] * factor, in the accumulator's type
 template <class T>
-void take_head(Accumulator<T>* rows, const T* source, const AttentionProblem& p, int64_t b, int64_t n, Accumulator<T> factor) {
+void take_head(Accumulator<T>* rows, const T* source, const AttentionProblem& p, int64_t b, int64_t n,
+               Accumulator<T> factor) {
   for (int64_t m = 0; m < p.M; ++m) {
     const T* row = source + (b * p.M + m) * p.C + n * p.E;
     for (int64_t e = 0; e < p.E; ++e) rows[m * p.E + e] = to_accumulator(row[e]) * factor;

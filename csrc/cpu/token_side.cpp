@@ -18,7 +18,7 @@ namespace mf::MF_ISA {
 // 1/2 x (1 + erf(x / sqrt 2)). The complementary error function of |x| is e^(-z^2) times a smooth function of
 // 1 / (1 + 0.4 z); the polynomial is its least-squares fit on Chebyshev nodes for z in [0, 9], error 1e-7 relative.
 MF_INLINE Vector<float> gelu(Vector<float> x) {
-  constexpr float coefficients[] = {1.4221468e-2f,  2.8882222e-3f, -2.4384575e-1f, 5.1270068e-1f, -2.6273799e-1f,
+  constexpr float coefficients[] = {1.4221468e-2f, 2.8882222e-3f, -2.4384575e-1f, 5.1270068e-1f, -2.6273799e-1f,
                                     3.7129688e-1f, 1.4246505e-1f, 2.3873353e-1f,  2.2420704e-1f, 7.0882001e-5f};
   const Vector<float> zero{};
   const Vector<float> z = maximum<float>(x, zero - x) * 0.70710678118654752f;
@@ -31,8 +31,8 @@ MF_INLINE Vector<float> gelu(Vector<float> x) {
 }
 
 // Outputs [begin, end) of a linear layer on all rows. Returns with the weight of the following outputs prefetched.
-inline void linear_outputs(float* y,             // [R][N]
-                           const float* x,       // [R][padded]: rows of K, zeros up to a multiple of 16
+inline void linear_outputs(float* y,        // [R][N]
+                           const float* x,  // [R][padded]: rows of K, zeros up to a multiple of 16
                            const LinearLayer& layer, int64_t R, int64_t begin, int64_t end) {
   constexpr int64_t block = 16;  // outputs whose weights stay in the first-level cache while all rows pass
   const int64_t K = layer.inputs, N = layer.outputs, padded = padded_inputs(K);
@@ -56,10 +56,12 @@ inline void linear_outputs(float* y,             // [R][N]
         constexpr int step = SUMS_BLOCK<ROWS>;
         int64_t c = 0;
         for (; c + step <= here; c += step) {
-          add_rows_dots<float, ROWS, step, true>(sums + c, x + first * padded, rows + c * padded, here, padded, padded, padded);
+          add_rows_dots<float, ROWS, step, true>(sums + c, x + first * padded, rows + c * padded, here, padded, padded,
+                                                 padded);
         }
         for (; c < here; ++c) {
-          add_rows_dots<float, ROWS, 1, true>(sums + c, x + first * padded, rows + c * padded, here, padded, padded, padded);
+          add_rows_dots<float, ROWS, 1, true>(sums + c, x + first * padded, rows + c * padded, here, padded, padded,
+                                              padded);
         }
       });
       for (int64_t r = 0; r < count; ++r) {
@@ -109,7 +111,9 @@ inline void attend(float* out,           // [M][D]
       float weights[MAX_TOKENS];
       for (int64_t j = 0; j < M; ++j) {
         Vector<float> product{};
-        for (int64_t e = 0; e < E; e += lanes) product += load(query + m * D + first + e) * load(tokens + j * D + first + e);
+        for (int64_t e = 0; e < E; e += lanes) {
+          product += load(query + m * D + first + e) * load(tokens + j * D + first + e);
+        }
         weights[j] = sum<float>(product) * scale;
         top = weights[j] > top ? weights[j] : top;
       }
@@ -159,7 +163,8 @@ void linear(float* y, const float* x, const LinearLayer& layer, int64_t R) {
   });
 }
 
-std::vector<Tensor> token_side(Tensor tokens_in, Tensor gathered_in, std::vector<Tensor> parameters_in, int64_t num_heads, double eps) {
+std::vector<Tensor> token_side(Tensor tokens_in, Tensor gathered_in, std::vector<Tensor> parameters_in,
+                               int64_t num_heads, double eps) {
   const Tensor tokens = as_contiguous(tokens_in), gathered_map = as_contiguous(gathered_in);  // (B, M, D), (B, M, C)
   const TokenSideParameters p(parameters_in, float(eps));
   const int64_t B = tokens.size(0), M = tokens.size(1), D = tokens.size(2), R = B * M, C = gathered_map.size(2);

@@ -57,8 +57,8 @@ class TokenSideParameters {
 
   TokenSideParameters(const std::vector<Tensor>& parameters, float eps)
       : held_(contiguous(parameters)), gate(linear()), bridge(linear()), bridge_norm(norm(eps)), query(linear()),
-        mix(linear()), attention_norm(norm(eps)), expand(linear()), contract(linear()), ffn_norm(norm(eps)), key(linear()),
-        value(linear()) {
+        mix(linear()), attention_norm(norm(eps)), expand(linear()), contract(linear()), ffn_norm(norm(eps)),
+        key(linear()), value(linear()) {
     while (next_ < held_.size()) {
       const LinearLayer reduce = linear();
       slopes.push_back({reduce, linear()});
