@@ -127,7 +127,7 @@ class Trial:
 
     def time(self, repeats: int, progress: Progress = iter) -> None:
         """Time, in turns, the contenders that `check` found right."""
-        runs = {contender.name: self._run(contender) for contender in self.contenders if contender.right}
+        runs = {contender.name: self.runner(contender) for contender in self.contenders if contender.right}
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else None
         if runs:
             timings = interleaved(runs, repeats=repeats, synchronize=synchronize, progress=progress)
@@ -162,7 +162,7 @@ class Trial:
         gradients = torch.autograd.grad(loss, contender.parameters)
         return logits.detach().double().cpu(), torch.cat([g.double().cpu().flatten() for g in gradients])
 
-    def _run(self, contender: Contender) -> Callable[[], object]:
+    def runner(self, contender: Contender) -> Callable[[], object]:
         """What is timed: a forward pass; or forward, cross entropy, backward and AdamW."""
         network, x, target = contender.network, contender.x, self._target
         if not self.train:
