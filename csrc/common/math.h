@@ -10,6 +10,7 @@
 namespace mf {
 
 constexpr double LOG2_E = 1.4426950408889634074;
+constexpr double LN_2 = 0.69314718055994530942;
 
 enum class Activation { identity, relu6, hardswish, dynamic_relu };
 
@@ -36,6 +37,41 @@ MF_HOST_DEVICE inline A dynamic_relu_slope1(A theta1) {
 template <class A>
 MF_HOST_DEVICE inline A dynamic_relu_slope2(A theta2) {
   return A(2) * hard_sigmoid(theta2) - A(1);
+}
+
+// torch.maximum: NaN where either is
+template <class A>
+MF_HOST_DEVICE inline A larger_or_nan(A a, A b) {
+  return a > b || a != a ? a : b;
+}
+
+// The share of a gradient that goes to the first of two lines: all where it is larger, half on a tie
+template <class A>
+MF_HOST_DEVICE inline A first_line_share(A line1, A line2) {
+  return line1 > line2 ? A(1) : line1 < line2 ? A(0) : A(0.5);
+}
+
+// identity, clamp(z, 0, 6) or z clamp(z + 3, 0, 6) / 6; NaN stays NaN
+template <class A>
+MF_HOST_DEVICE inline A activate(A z, Activation activation) {
+  if (activation == Activation::relu6) return z < A(0) ? A(0) : z > A(6) ? A(6) : z;
+  if (activation == Activation::hardswish) return z * hard_sigmoid(z);
+  return z;
+}
+
+// Slope of `activate`, as torch: 0 at both corners of relu6; of hardswish 0 below -3, z / 3 + 1/2 up to 3, then 1
+template <class A>
+MF_HOST_DEVICE inline A activation_slope(A z, Activation activation) {
+  if (activation == Activation::relu6) return z > A(0) && z < A(6) ? A(1) : A(0);
+  if (activation == Activation::hardswish) return z < A(-3) ? A(0) : z <= A(3) ? z / A(3) + A(0.5) : A(1);
+  return A(1);
+}
+
+// Largest power of two that is at most n; n at least 1
+MF_HOST_DEVICE constexpr int power_of_two_below(long long n) {
+  int power = 1;
+  while (2LL * power <= n && power < (1 << 20)) power *= 2;
+  return power;
 }
 
 }  // namespace mf

@@ -1,0 +1,49 @@
+// Former -> Mobile on CUDA: the boundary. The kernels are in former_to_mobile_kernels.cuh.
+#include "cuda/boundary.h"
+#include "cuda/former_to_mobile_kernels.cuh"
+
+namespace mf {
+namespace {
+
+AttentionShape shape_of(const FeatureMap& x, const Tensor& tokens, int64_t num_heads) {  // tokens (B, M, C)
+  STD_TORCH_CHECK(tokens.size(1) <= MAX_TOKENS, "former_to_mobile: expected at most 8 tokens, got ", tokens.size(1));
+  return attention_shape(x.batch, x.channels, x.positions(), tokens.size(1), num_heads, x.channels_last);
+}
+
+Tensor former_to_mobile_fwd(Tensor x_in, Tensor k_in, Tensor v_in, int64_t num_heads) {
+  const DeviceCall call(Kernel::former_to_mobile_fwd, x_in);
+  const FeatureMap x = feature_map(x_in), y = call.new_map(x, x.channels, x.height, x.width);
+  const Tensor k = as_contiguous(k_in), v = as_contiguous(v_in);  // (B, M, C)
+  const AttentionShape shape = shape_of(x, k, num_heads);
+  with_dtype(x_in.scalar_type(), [&]<class T>() {
+    launch_former_to_mobile<T>(mutable_data<T>(y.tensor), data<T>(x.tensor), data<T>(k), data<T>(v), shape, call.stream());
+  });
+  call.check_launches();
+  return y.tensor;
+}
+
+std::tuple<Tensor, Tensor, Tensor> former_to_mobile_bwd(Tensor d_y_in, Tensor x_in, Tensor k_in, Tensor v_in,
+                                                        int64_t num_heads) {
+  const DeviceCall call(Kernel::former_to_mobile_bwd, x_in);
+  const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
+  const FeatureMap d_x = call.new_map(x, x.channels, x.height, x.width);
+  const Tensor k = as_contiguous(k_in), v = as_contiguous(v_in);  // (B, M, C)
+  const AttentionShape shape = shape_of(x, k, num_heads);
+  const Tensor d_k = call.new_tensor({shape.B, shape.M, shape.C}, k.scalar_type());
+  const Tensor d_v = call.new_tensor({shape.B, shape.M, shape.C}, k.scalar_type());
+  with_dtype(x_in.scalar_type(), [&]<class T>() {
+    launch_former_to_mobile_backward<T>(mutable_data<T>(d_x.tensor), mutable_data<T>(d_k), mutable_data<T>(d_v),
+                                        data<T>(d_y.tensor), data<T>(x.tensor), data<T>(k), data<T>(v), shape, call,
+                                        call.stream());
+  });
+  call.check_launches();
+  return {d_x.tensor, d_k, d_v};
+}
+
+}  // namespace
+}  // namespace mf
+
+STABLE_TORCH_LIBRARY_IMPL(mf_kernels, CUDA, m) {
+  m.impl("former_to_mobile_fwd.native", TORCH_BOX(&mf::former_to_mobile_fwd));
+  m.impl("former_to_mobile_bwd.native", TORCH_BOX(&mf::former_to_mobile_bwd));
+}

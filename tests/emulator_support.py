@@ -1,0 +1,166 @@
+"""Builds the CUDA kernels for the host (tests/emulator) and calls them on CPU tensors.
+
+Needs g++ and CUDA's headers, no GPU. What was compiled is kept in build/emulator under a hash of everything that went in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mf_kernels import testing
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "tests" / "emulator"
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+FLAGS += ["-fno-strict-aliasing", "-fPIC", "-pthread"]
+
+
+def cuda_home() -> Path | None:
+    """The toolkit's folder, or None where there is no nvcc; nvcc may be a script that calls the real one."""
+    nvcc = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
+    if nvcc is None:
+        return None
+    dry = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+    return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parents[1]
+
+
+def missing() -> str:
+    """Why the emulator cannot be built here, empty where it can."""
+    if shutil.which("g++") is None:
+        return "no g++"
+    if cuda_home() is None:
+        return "no nvcc, whose headers the emulator needs"
+    return ""
+
+
+def build(name: str, sources: Sequence[str], *flags: str, link: Sequence[str] = ()) -> Path:
+    """Compile tests/emulator/<source> for each source and link them to one file; only what has changed."""
+    home = cuda_home()
+    includes = ["-I", str(ROOT / "csrc"), "-I", str(SOURCES), "-include", str(SOURCES / "cuda_emulator.h")]
+    for folder in ("include", "include/cccl"):
+        includes += ["-isystem", str(home / folder)]
+    read = [*ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/common/*.h"), *SOURCES.glob("*.h")]
+    digest = hashlib.sha256(repr((flags, link, FLAGS, str(home))).encode())
+    for path in sorted([*read, *(SOURCES / source for source in sources)]):
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = ROOT / "build" / "emulator" / digest.hexdigest()[:16]
+    target = folder / name
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: str) -> str:
+        built = folder / f"{name}-{source}.o"
+        run("g++", *FLAGS, *flags, *includes, "-c", str(SOURCES / source), "-o", str(built))
+        return str(built)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    temporary = folder / f"{name}.{os.getpid()}"
+    run("g++", *flags, *link, "-pthread", *objects, "-o", str(temporary))
+    os.replace(temporary, target)
+    return target
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-5000:]}"
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """All kernels as C functions."""
+    sources = [f"{op}.cpp" for op in ("mobile_to_former", "former_to_mobile", "dynamic_relu", "depthwise_conv2d")]
+    return ctypes.CDLL(str(build("kernels.so", sources, link=["-shared"])))
+
+
+def call(function: str, *arguments: Tensor | int | bool | None) -> None:
+    """Call a function of interface.h: the first tensor tells the dtype, integers are 64 bits wide."""
+    converted: list = []
+    for argument in arguments:
+        if isinstance(argument, bool):
+            converted.append(ctypes.c_bool(argument))
+        elif isinstance(argument, int):
+            converted.append(ctypes.c_int64(argument))
+        else:
+            converted.append(ctypes.c_void_p(argument.data_ptr() if argument is not None else None))
+    dtype = next(DTYPES[a.dtype] for a in arguments if isinstance(a, Tensor))
+    getattr(library(), function)(ctypes.c_int(dtype), *converted)
+
+
+def poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory in the layout of a tensor, NaN all over: what a kernel does not write stays visible."""
+    return torch.full_like(like, float("nan"), dtype=dtype)
+
+
+def evaluate(case: testing.Case, dtype: torch.dtype, layout: str, seed: int = 0) -> dict[str, Tensor]:
+    """The output and every gradient of a case, as `testing.evaluate` names them, from the emulated CUDA kernels.
+
+    `layout` is "contiguous", "channels_last" or "unaligned"; other strides are made contiguous before a kernel sees them.
+    """
+    inputs, d_output = case.inputs(dtype, layout=layout, seed=seed), case.d_output(dtype, layout=layout, seed=seed)
+    return _EVALUATE[case.op](inputs, d_output, case.options, layout == "channels_last")
+
+
+def _dynamic_relu(inputs: dict, d_y: Tensor, options: dict, channels_last: bool) -> dict[str, Tensor]:
+    x, theta = inputs["x"], inputs["theta"]
+    B, C, H, W = x.shape
+    shape = (B, C, H * W, channels_last)
+    y, d_x, d_theta = poisoned(x), poisoned(x), poisoned(theta)
+    call("mf_dynamic_relu", y, x, theta, *shape)
+    call("mf_dynamic_relu_backward", d_x, d_theta, d_y, x, theta, *shape)
+    return {"output": y, "d_x": d_x, "d_theta": d_theta}
+
+
+def _former_to_mobile(inputs: dict, d_y: Tensor, options: dict, channels_last: bool) -> dict[str, Tensor]:
+    x, k, v = inputs["x"], inputs["k"], inputs["v"]
+    B, C, H, W = x.shape
+    shape = (B, C, H * W, k.shape[1], options["num_heads"], channels_last)
+    y, d_x, d_k, d_v = poisoned(x), poisoned(x), poisoned(k), poisoned(v)
+    call("mf_former_to_mobile", y, x, k, v, *shape)
+    call("mf_former_to_mobile_backward", d_x, d_k, d_v, d_y, x, k, v, *shape)
+    return {"output": y, "d_x": d_x, "d_k": d_k, "d_v": d_v}
+
+
+def _mobile_to_former(inputs: dict, d_out: Tensor, options: dict, channels_last: bool) -> dict[str, Tensor]:
+    x, q, num_heads = inputs["x"], inputs["q"], options["num_heads"]
+    B, C, H, W = x.shape
+    shape = (B, C, H * W, q.shape[1], num_heads, channels_last)
+    out, d_x, d_q = poisoned(q), poisoned(x), poisoned(q)
+    log_sum_exp = torch.full((B, num_heads, q.shape[1]), float("nan"))
+    call("mf_mobile_to_former", out, log_sum_exp, x, q, *shape)
+    call("mf_mobile_to_former_backward", d_x, d_q, d_out, x, q, out, log_sum_exp, *shape)
+    return {"output": out, "d_x": d_x, "d_q": d_q}
+
+
+def _depthwise_conv2d(inputs: dict, d_y: Tensor, options: dict, channels_last: bool) -> dict[str, Tensor]:
+    x, weight, bias = inputs["x"], inputs["weight"], inputs.get("bias")
+    B, C, H, W = x.shape
+    activation = ("identity", "relu6", "hardswish").index(options["activation"])
+    shape = (B, C, H, W, weight.shape[0], weight.shape[2], options["stride"], activation, channels_last)
+    y, d_x, d_weight, d_bias = poisoned(d_y), poisoned(x), poisoned(weight), poisoned(weight[:, 0, 0, 0])
+    call("mf_depthwise_conv2d", y, x, weight, bias, *shape)
+    call("mf_depthwise_conv2d_backward", d_x, d_weight, d_bias, d_y, x, weight, bias, *shape)
+    return {"output": y, "d_x": d_x, "d_weight": d_weight} | ({} if bias is None else {"d_bias": d_bias})
+
+
+_EVALUATE = {
+    "mobile_to_former": _mobile_to_former,
+    "former_to_mobile": _former_to_mobile,
+    "dynamic_relu": _dynamic_relu,
+    "depthwise_conv2d": _depthwise_conv2d,
+}
