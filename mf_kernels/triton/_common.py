@@ -99,10 +99,10 @@ def load_head(
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """[BLOCK_L, BLOCK_E] of a map, where that lies, and which of it is no padding."""
-    at = b * C * L + map_offset(n * E + e[None, :], pos[:, None], L, C, CHANNELS_LAST, WIDE)
+    """[BLOCK_L, BLOCK_E] of a map, where that lies in its sample, and which of it is no padding."""
+    at = map_offset(n * E + e[None, :], pos[:, None], L, C, CHANNELS_LAST, WIDE)
     mask = (pos[:, None] < L) & (e[None, :] < E)
-    return tl.load(x_ptr + at, mask=mask, other=0.0), at, mask
+    return tl.load(x_ptr + b * C * L + at, mask=mask, other=0.0), at, mask
 
 
 @triton.jit

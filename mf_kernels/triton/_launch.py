@@ -1,8 +1,8 @@
 """How a kernel is launched: feature maps taken as they lie, one place that launches or writes a launch down.
 
-A launcher is an ordinary function of tensors. Inside `recording(capability)` the same launchers, given tensors
-without memory (`device="meta"`), leave a list of what they would launch: that is how the kernels are compiled
-without a GPU at the very settings that a GPU would see.
+A launcher is an ordinary function of tensors. Inside `recording(capability)` the same launchers, given
+tensors without memory (`device="meta"`), leave a list of what they would launch: that is how the kernels are
+compiled without a GPU at the very settings that a GPU would see.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mf_kernels.triton._settings import INTERPRETER
+
+WIDE_FROM = 2**31  # elements of one sample; below, a place inside it is a 32-bit number
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,11 @@ def recording(capability: tuple[int, int]) -> Iterator[list[Launch]]:
 
 
 def capability(x: Tensor) -> tuple[int, int]:
-    """Compute capability of x's device: recorded, asked of the driver, or 9.0 in the interpreter."""
+    """Compute capability of x's device: recorded, asked of the driver, or `INTERPRETER`."""
     current = _recording.get()
     if current is not None:
         return current.capability
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else INTERPRETER
 
 
 def launch(
@@ -117,7 +121,7 @@ def position_arguments(x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
     constants = {
         "L_STEP": step,
         "CHANNELS_LAST": is_channels_last(x),
-        "WIDE": x.shape[1] * positions >= 2**31,
+        "WIDE": x.shape[1] * positions >= WIDE_FROM,
     }
     return {"L_steps": positions // step}, constants
 

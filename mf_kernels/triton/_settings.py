@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+INTERPRETER = (0, 0)  # in place of a compute capability
+
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
@@ -27,7 +29,9 @@ def power_of_two(n: int) -> int:
 
 
 def multiprocessors(capability: tuple[int, int]) -> int:
-    """Of the largest card of a compute capability: enough programs for it are enough for the smaller ones."""
+    """Of the largest card of a compute capability; enough for it is enough for the smaller ones."""
+    if capability == INTERPRETER:
+        return 2  # one program after the other: enough to split an axis, and to leave tiles for a loop
     return 132 if capability >= (9, 0) else 108
 
 
@@ -78,9 +82,7 @@ def dynamic_relu(
         block_c = fill(block_c, 1, C, B * ceil_div(L, block_l), multiprocessors(capability))
     all_tiles = ceil_div(L, block_l)
     splits = splits_of(all_tiles, B * ceil_div(C, block_c), 4 * multiprocessors(capability), 64)
-    return DynamicReLU(
-        block_c, block_l, ceil_div(all_tiles, splits), splits, 4 if block_c * block_l >= 1024 else 1
-    )
+    return DynamicReLU(block_c, block_l, ceil_div(all_tiles, splits), splits, 4 if block_c * block_l >= 1024 else 1)
 
 
 class Attention(NamedTuple):
@@ -118,3 +120,43 @@ def attention(
     splits = splits_of(all_tiles, programs, 4 * multiprocessors(capability), 128)
     num_warps = 4 if block_l * block_e >= 1024 else 2
     return Attention(block_l, block_e, chunks, depth, ceil_div(all_tiles, splits), splits, num_warps, 2)
+
+
+class Depthwise(NamedTuple):
+    """A tile of channels, rows and columns, and how many tiles of positions the whole batch has."""
+
+    block_c: int
+    block_h: int
+    block_w: int
+    tiles: int
+    num_warps: int
+
+
+def depthwise(
+    B: int,
+    channels: int,
+    height: int,
+    width: int,
+    channels_last: bool,
+    heavy: bool,
+    capability: tuple[int, int],
+) -> Depthwise:
+    """`height` and `width` are those of the output, `channels` those that the tiles cut.
+
+    `heavy`: an element takes more registers than it has to, so that a thread gets half as many. That is so for
+    float32, for 25 taps, and where neighbours cannot be loaded together: contiguous maps (a tap shifts the row off
+    its alignment) and several filters a channel.
+    """
+    if channels_last:
+        block_c = block_of(channels, (16, 32, 64))
+        block_w = min(8, power_of_two(width))
+    else:
+        block_c = min(2, power_of_two(channels))
+        block_w = min(block_of(width, (8, 16, 32, 64)), power_of_two(width))
+    # As square as it goes: the rows above and below a tile are read once more by its neighbours.
+    block_h = max(1, min(2048 // (block_c * block_w), power_of_two(height), 16))
+    rows_of_tiles = B * ceil_div(channels, block_c) * ceil_div(width, block_w)
+    block_h = fill(block_h, min(block_h, 2), height, rows_of_tiles, multiprocessors(capability))
+    tiles = B * ceil_div(height, block_h) * ceil_div(width, block_w)
+    share = 512 if heavy else 1024
+    return Depthwise(block_c, block_h, block_w, tiles, max(1, min(4, block_c * block_h * block_w // share)))

@@ -2,9 +2,9 @@
 
 Legend: B batch, C channels, L = H*W positions, S splits of the position axis.
 theta (B, 2C) is before the hard sigmoid: theta1 of all channels, then theta2.
-A program has a tile of channels by positions of one sample. Forward streams x to y. Backward streams (x, d_y)
-to d_x and keeps the two sums of each channel in registers; where the positions are split, a second kernel adds
-the splits.
+A program has a tile of channels by positions of one sample. Forward streams x to y. Backward streams x and
+d_y to d_x and keeps the two sums of each channel in registers; where the positions are split, a second kernel
+adds the splits.
 """
 
 from __future__ import annotations
@@ -64,12 +64,13 @@ def dynamic_relu_forward(
     b = (program // C_TILES // tiles).to(tl.int64)
 
     _, _, slope1, slope2 = load_slopes(theta_ptr, b, c, C)
-    at = b * C * L + map_offset(c[:, None], pos[None, :], L, C, CHANNELS_LAST, WIDE)
+    sample = b * C * L
+    at = map_offset(c[:, None], pos[None, :], L, C, CHANNELS_LAST, WIDE)
     mask = (c[:, None] < C) & (pos[None, :] < L)
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + sample + at, mask=mask, other=0.0).to(tl.float32)
     # y = max(a1 x, a2 x), NaN if either is
     y = tl.maximum(slope1[:, None] * x, slope2[:, None] * x, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + sample + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -105,10 +106,10 @@ def dynamic_relu_backward(
     acc_2 = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
     for tile in range(tiles):
         pos = (split * tiles + tile) * BLOCK_L + tl.arange(0, BLOCK_L)
-        at = sample + map_offset(c[:, None], pos[None, :], L, C, CHANNELS_LAST, WIDE)
+        at = map_offset(c[:, None], pos[None, :], L, C, CHANNELS_LAST, WIDE)
         mask = (c[:, None] < C) & (pos[None, :] < L)
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        d_y = tl.load(d_y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + sample + at, mask=mask, other=0.0).to(tl.float32)
+        d_y = tl.load(d_y_ptr + sample + at, mask=mask, other=0.0).to(tl.float32)
         line1 = slope1[:, None] * x
         line2 = slope2[:, None] * x
         # 1 where the first line wins, 0 where the second, 1/2 each where they meet
@@ -116,7 +117,7 @@ def dynamic_relu_backward(
         d_1 = d_y * share1
         d_2 = d_y - d_1
         d_x = d_1 * slope1[:, None] + d_2 * slope2[:, None]
-        tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+        tl.store(d_x_ptr + sample + at, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
         acc_1 += d_1 * x  # d_a1 = sum_l share1 d_y x
         acc_2 += d_2 * x
     d_slope1 = tl.sum(acc_1, axis=1)

@@ -1,9 +1,9 @@
 """Former -> Mobile in Triton: y = x + softmax_m(E^-0.5 x.k) v, for every position and head.
 
-Legend: B batch, C channels, L = H*W positions, M tokens, N heads, E = C/N head width, S splits of the positions.
-A program has a tile of positions of one head. x is read once and written once; the softmax over at most 8 scores
-stays in registers, and backward redoes it. A head of more channels than a tile holds is cut into chunks: each
-chunk's program adds up the scores of the whole head and writes its own channels.
+Legend: B batch, C channels, L = H*W positions, M tokens, N heads, E = C/N head width, S splits of positions.
+A program has a tile of positions of one head. x is read once and written once; the softmax over at most 8
+scores stays in registers, and backward redoes it. A head of more channels than a tile holds is cut into chunks:
+each chunk's program adds up the scores of the whole head and writes its own channels.
 Tokens are padded to `TOKENS` columns of weight 0, the least that a product takes.
 """
 
@@ -89,7 +89,7 @@ def former_to_mobile_forward(
     # y[e, l] = x[e, l] + sum_m weight[l, m] v[m, e]
     v = load_tokens(v_ptr, b, m, n, e, M, C, E)
     y = x.to(tl.float32) + product(weight.to(v.dtype), v, TF32)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + b * C * L + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def former_to_mobile_backward(
                 scores += product(x_i, tl.trans(load_tokens(k_ptr, b, m, n, e, M, C, E)), TF32)
                 d_weight += product(d_y_i, tl.trans(load_tokens(v_ptr, b, m, n, e, M, C, E)), TF32)
         weight = softmax_over_tokens(scores * SCALE, m, M)
-        # d_score = weight (d_weight - sum_m weight d_weight); padding is nothing times nothing, even beside inf
+        # d_score = weight (d_weight - sum_m weight d_weight); padding is 0, even beside inf
         inside = (pos[:, None] < L) & (m[None, :] < M)
         weight = tl.where(inside, weight, 0.0)
         d_weight = tl.where(inside, d_weight, 0.0)
@@ -158,7 +158,7 @@ def former_to_mobile_backward(
         # d_x[e, l] = d_y[e, l] + E^-0.5 sum_m d_score[l, m] k[m, e]
         d_score = d_score.to(k.dtype)
         d_x = d_y.to(tl.float32) + SCALE * product(d_score, k, TF32)
-        tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+        tl.store(d_x_ptr + b * C * L + at, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
         # d_k[m, e] = E^-0.5 sum_l d_score[l, m] x[e, l],  d_v[m, e] = sum_l weight[l, m] d_y[e, l]
         acc_k += product(tl.trans(x), d_score, TF32)
         acc_v += product(tl.trans(d_y), weight.to(v.dtype), TF32)
@@ -173,7 +173,7 @@ def former_to_mobile_backward(
 
 def _plan(
     x: Tensor, M: int, num_heads: int, backward: bool
-) -> tuple[_settings.Attention, dict, dict[str, Any]]:
+) -> tuple[_settings.Attention, dict[str, Any], dict[str, Any]]:
     B, C, H, W = x.shape
     E = C // num_heads
     s = _settings.attention(B, H * W, E, num_heads, x.dtype, capability(x), backward=backward)

@@ -1,11 +1,11 @@
 """Mobile -> Former in Triton: out = softmax_l(E^-0.5 q.x) x; keys and values are the map itself, unprojected.
 
-Legend: B batch, C channels, L = H*W positions, M tokens, N heads, E = C/N head width, S splits of the positions.
+Legend: B batch, C channels, L = H*W positions, M tokens, N heads, E = C/N head width, S splits of positions.
 A program has one head and one split of the positions. It reads x once: the same tile gives the scores and is
-summed under the softmax, online, with a running maximum. The splits leave (maximum, sum, weighted sum), which a
-second kernel merges. Backward recomputes the weights from the log-sum-exp: one read of x, one write of d_x.
-A head of more channels than a tile holds is cut into chunks: each chunk's program adds up the scores of the whole
-head and sums its own channels. Tokens are padded to `TOKENS` columns, the least that a product takes.
+summed under the softmax, online, with a running maximum. The splits leave (maximum, sum, weighted sum); a
+second kernel merges them. Backward recomputes the weights from the log-sum-exp: one read of x, one write of
+d_x. A head of more channels than a tile holds is cut into chunks: each chunk's program adds up the scores of
+the whole head and sums its own channels. Tokens are padded to `TOKENS` columns, the least that a product takes.
 """
 
 from __future__ import annotations
@@ -224,13 +224,13 @@ def mobile_to_former_backward(
                 x_i, _, _ = load_head(x_ptr, b, n, e, pos, L, C, E, CHANNELS_LAST, WIDE)
                 scores += product(x_i, tl.trans(load_tokens(q_ptr, b, m, n, e, M, C, E)), TF32)
                 d_weight += product(x_i, tl.trans(load_tokens(d_out_ptr, b, m, n, e, M, C, E)), TF32)
-        # weight = exp(score - log_sum_exp), d_score = weight (d_weight - delta); padding is nothing, even beside inf
+        # weight = exp(score - log_sum_exp), d_score = weight (d_weight - delta); padding is 0, even beside inf
         inside = (pos[:, None] < L) & (m[None, :] < M)
         weight = tl.where(inside, exp_nonpositive(scores * SCALE - log_sum_exp[None, :]), 0.0)
         d_score = tl.where(inside, weight * (d_weight - delta[None, :]), 0.0).to(q.dtype)
         # d_x[e, l] = E^-0.5 sum_m d_score[l, m] q[m, e] as key + sum_m weight[l, m] d_out[m, e] as value
         d_x = SCALE * product(d_score, q, TF32) + product(weight.to(d_out.dtype), d_out, TF32)
-        tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+        tl.store(d_x_ptr + b * C * L + at, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
         # d_q[m, e] = E^-0.5 sum_l d_score[l, m] x[e, l]
         acc += product(tl.trans(x), d_score, TF32)
     first = split.to(tl.int64) * B * M * C  # 0 where S = 1
@@ -239,7 +239,7 @@ def mobile_to_former_backward(
 
 def _plan(
     x: Tensor, M: int, num_heads: int, backward: bool
-) -> tuple[_settings.Attention, dict, dict[str, Any]]:
+) -> tuple[_settings.Attention, dict[str, Any], dict[str, Any]]:
     B, C, H, W = x.shape
     E = C // num_heads
     s = _settings.attention(B, H * W, E, num_heads, x.dtype, capability(x), backward=backward)
@@ -272,9 +272,7 @@ def forward(x: Tensor, q: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     log_sum_exp = x.new_empty((B, num_heads, M), dtype=torch.float32)
     split = s.splits > 1
     partial = x.new_empty((s.splits, B, M, C), dtype=torch.float32) if split else None
-    maximum, sums = (
-        x.new_empty((s.splits, B, num_heads, M), dtype=torch.float32) if split else None for _ in range(2)
-    )
+    maximum, sums = (x.new_empty((s.splits, B, num_heads, M), dtype=torch.float32) if split else None for _ in range(2))
     launch(
         mobile_to_former_forward,
         B * num_heads * s.chunks * s.splits,
