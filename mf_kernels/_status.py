@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -53,9 +54,8 @@ def status() -> list[dict[str, Any]]:
 
 def _built_with(backend: str, device: str) -> str:
     if backend == "triton":
-        import triton
-
-        return f"triton {triton.__version__}"
+        # by name: a type checker takes `import triton` for the folder beside this file
+        return f"triton {importlib.import_module('triton').__version__}"
     compiler = _native.library_record(device).get("compiler") or "compiler not recorded"
     built = f"{compiler}, torch {_native.build_record().get('torch', 'not recorded')}"
     if device == "cpu":

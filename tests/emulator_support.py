@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for the host (tests/emulator) and calls them on CPU tensors.
 
-Needs g++ and CUDA's headers, no GPU. What was compiled is kept in build/emulator under a hash of everything that went in.
+Needs g++ and CUDA's headers, no GPU. What was compiled is kept in build/emulator under a hash of all that went in.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def evaluate(case: testing.Case, dtype: torch.dtype, layout: str, seed: int = 0) -> dict[str, Tensor]:
     """The output and every gradient of a case, as `testing.evaluate` names them, from the emulated CUDA kernels.
 
-    `layout` is "contiguous", "channels_last" or "unaligned"; other strides are made contiguous before a kernel sees them.
+    `layout` is "contiguous", "channels_last" or "unaligned"; other strides become contiguous before a kernel sees them.
     """
     inputs, d_output = case.inputs(dtype, layout=layout, seed=seed), case.d_output(dtype, layout=layout, seed=seed)
     return _EVALUATE[case.op](inputs, d_output, case.options, layout == "channels_last")
