@@ -183,7 +183,7 @@ def make_extension(library: Library, switch: str) -> tuple[Extension, str]:
         library_dirs=library_dirs,
         libraries=libraries,
         extra_compile_args={language: [*arguments, *system] for language, arguments in flags.items()},
-        depends=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h")),
+        depends=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.*h")),
         language="c++",
     )
     extension.recorded_flags = flags["nvcc" if library.device == "cuda" else "cxx"]

@@ -8,7 +8,8 @@
 //                   of one head; token rows lie in shared memory. Where positions alone would leave a block half empty,
 //                   its threads form slices that share out the channels. Channels are walked twice, scores first: the
 //                   second time a tile, a few thousand values, comes from the caches.
-// Kernels are compiled for 4, 6 and 8 tokens; a call takes the next one up, with rows of zeros and scores of -inf.
+// Kernels are compiled for 4, 6 and 8 tokens; a call takes the next one up, with rows of zeros that no softmax counts.
+// No model has 7 or 8 tokens: those are compiled for loads of at most 4 values.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -40,6 +41,7 @@ struct AttentionPlan {
 inline AttentionPlan plan_attention(const AttentionShape& s, Access access, int widest) {
   AttentionPlan p{};
   p.tokens = s.M <= 4 ? 4 : s.M <= 6 ? 6 : 8;
+  if (p.tokens == 8) widest = int(smaller(widest, 4));
   const bool channels_last = s.channel_stride == 1 && s.position_stride != 1;
   const int V = int(smaller(widest, access.values(s.E, true)));
   const int lanes = s.E / V <= WARP ? int(divide_up(s.E, V)) : THREADS;
@@ -251,8 +253,10 @@ template <int WIDE, class F>
 void with_width(const AttentionPlan& p, const F& f) {
   const auto with_tokens = [&]<int V>() {
     if (p.tokens == 4) return f.template operator()<V, 4>();
-    if (p.tokens == 6) return f.template operator()<V, 6>();
-    return f.template operator()<V, 8>();
+    if constexpr (V <= 4) {
+      if (p.tokens == 8) return f.template operator()<V, 8>();
+    }
+    return f.template operator()<V, 6>();
   };
   if (p.vector == 1) return f.template operator()<1, 8>();
   if constexpr (WIDE != 4) {

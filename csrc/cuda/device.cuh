@@ -1,7 +1,8 @@
 // What every CUDA kernel here uses: loads and stores of 16 bytes, sums over lanes, and how a grid is launched and sized.
 //
 // Legend: T stored type, V values a load, lane a thread of a warp of 32. Everything is computed in float.
-// Kernels hold no more of CUDA than this and run on the host too (tests/emulator), one thread for each CUDA thread.
+// Kernels hold no more of CUDA than this and run on the host too (tests/emulator). The MF_PLANT_ macros are faults that
+// the sanitizers' tests switch on to see that they are found.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -159,7 +160,11 @@ __global__ void __launch_bounds__(THREADS, 1) sum_parts(T* target,              
                                                      const float* partials,  // [outer][parts][inner], count = outer*inner
                                                      int64_t count, int64_t inner, int64_t parts, float factor) {
   const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+#ifdef MF_PLANT_OVERFLOW
+  if (i > count) return;
+#else
   if (i >= count) return;
+#endif
   const int64_t outer = divide(i, inner);
   const float* source = partials + outer * parts * inner + (i - outer * inner);
   float total = 0;

@@ -121,7 +121,7 @@ inline void run(int64_t blocks, int threads, const std::function<void()>& body) 
       swapcontext(&home, &entry);
     }
   }
-  for (int64_t b = 0; b < blocks; ++b) {
+  for (volatile int64_t b = 0; b < blocks; b = b + 1) {  // volatile: lives across _setjmp
     kept.index.x = unsigned(b), kept.left = threads;
     kept.barrier = {threads};
     for (Warp& warp : kept.warps) warp.barrier = {WARP};
