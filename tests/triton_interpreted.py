@@ -181,7 +181,7 @@ def test_auto_leaves_cpu_tensors_to_the_cpu(op: str) -> None:
 def test_float64_is_refused_with_the_reason() -> None:
     with (
         mf_kernels.use_backend("triton"),
-        pytest.raises(RuntimeError, match="no kernel for torch.float64, only float32, float16, bfloat16"),
+        pytest.raises(RuntimeError, match=r"no kernel for torch\.float64, only float32, float16, bfloat16"),
     ):
         mf_kernels.dynamic_relu(torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2).double())
 

@@ -74,7 +74,9 @@ def dynamic_relu(
     # 32 bytes, the smallest piece of memory that moves, along the axis whose elements are neighbours
     if channels_last:
         block_c = block_of(C, (16, 32, 64))
-        block_l = min(2048 // block_c, max(4, power_of_two(L)))
+        # rows off the 16 bytes that move at once take twice the addresses: half the elements for a thread
+        elements = 2048 if C * dtype.itemsize % 16 == 0 else 1024
+        block_l = min(elements // block_c, max(4, power_of_two(L)))
         block_l = fill(block_l, 8, L, B * ceil_div(C, block_c), multiprocessors(capability))
     else:
         block_l = block_of(L, (64, 128, 256, 512, 1024)) if L > 32 else power_of_two(L)
@@ -112,7 +114,8 @@ def attention(
     depth = 8 if dtype == torch.float32 else 16
     block_e = min(max(depth, power_of_two(E)), 64 if dtype == torch.float32 else 128)
     chunks = ceil_div(E, block_e)
-    elements = 2048 if backward or dtype == torch.float32 else 4096
+    aligned = E * dtype.itemsize % 16 == 0
+    elements = 2048 if backward or dtype == torch.float32 or not aligned else 4096
     block_l = max(16, min(128, elements // block_e, power_of_two(L)))
     programs = B * num_heads * chunks
     block_l = fill(block_l, 32, L, programs, multiprocessors(capability))
@@ -144,8 +147,8 @@ def depthwise(
     """`height` and `width` are those of the output, `channels` those that the tiles cut.
 
     `heavy`: an element takes more registers than it has to, so that a thread gets half as many. That is so for
-    float32, for 25 taps, and where neighbours cannot be loaded together: contiguous maps (a tap shifts the row off
-    its alignment) and several filters a channel.
+    float32, for 25 taps, and where neighbours are not loaded 16 bytes at once: contiguous maps (a tap shifts the
+    row off its alignment), several filters a channel, channels that do not fill 16 bytes.
     """
     if channels_last:
         block_c = block_of(channels, (16, 32, 64))

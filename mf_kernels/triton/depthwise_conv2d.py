@@ -210,8 +210,9 @@ def _step(side: int) -> int:
 
 
 def _heavy(x: Tensor, weight: Tensor) -> bool:
-    several_filters = weight.shape[0] > x.shape[1]
-    return x.dtype == torch.float32 or weight.shape[2] > 3 or several_filters or not is_channels_last(x)
+    C, several_filters = x.shape[1], weight.shape[0] > x.shape[1]
+    whole_vectors = is_channels_last(x) and not several_filters and C * x.element_size() % 16 == 0
+    return not whole_vectors or x.dtype == torch.float32 or weight.shape[2] > 3
 
 
 def _run_forward(

@@ -201,12 +201,14 @@ def mobile_to_former_backward(
     d_out = load_tokens(d_out_ptr, b, m, n, own, M, C, E)
     log_sum_exp = tl.load(log_sum_exp_ptr + (b * N + n) * M + m, mask=m < M, other=0.0)
 
-    # delta[m] = sum_e d_out[m, e] out[m, e], over the whole head
-    delta = tl.zeros((TOKENS,), tl.float32)
+    # delta[m] = sum_e out[m, e] d_out[m, e] over the whole head: the diagonal of a product like d_weight below.
+    # Where one position has all the weight, out is its x, and d_weight - delta has to be nothing at all.
+    products = tl.zeros((TOKENS, TOKENS), tl.float32)
     for i in range(CHUNKS):
         e = i * BLOCK_E + tl.arange(0, BLOCK_E)
-        d_out_i = load_tokens(d_out_ptr, b, m, n, e, M, C, E).to(tl.float32)
-        delta += tl.sum(d_out_i * load_tokens(out_ptr, b, m, n, e, M, C, E).to(tl.float32), axis=1)
+        d_out_i = load_tokens(d_out_ptr, b, m, n, e, M, C, E)
+        products += product(load_tokens(out_ptr, b, m, n, e, M, C, E), tl.trans(d_out_i), TF32)
+    delta = tl.sum(tl.where(m[:, None] == m[None, :], products, 0.0), axis=1)
 
     acc = tl.zeros((BLOCK_E, TOKENS), tl.float32)
     for tile in range(tiles):
