@@ -67,9 +67,32 @@ def cpu_report() -> dict[str, Any]:
     return json.loads(_cpu_symbols().mf_kernels_cpu_report())
 
 
+@functools.cache
+def _cuda_symbols() -> ctypes.CDLL:
+    missing = load("cuda")
+    if missing is not None:
+        raise RuntimeError(missing)
+    library = ctypes.CDLL(str(FOLDER / "_cuda.so"))
+    library.mf_kernels_cuda_report.restype = ctypes.c_char_p
+    return library
+
+
+def cuda_report() -> dict[str, Any]:
+    """What `_cuda.so` says of itself: `architectures` it holds machine code for, `calls` that each kernel served.
+
+    Raises RuntimeError with the reason when the library is not there.
+    """
+    return json.loads(_cuda_symbols().mf_kernels_cuda_report())
+
+
 def cpu_calls() -> dict[str, int]:
     """The calls that the CPU kernels served in this process; never loads the library to find that there were none."""
     return cpu_report()["calls"] if "cpu" in _loaded else {}
+
+
+def cuda_calls() -> dict[str, int]:
+    """The same of the CUDA kernels."""
+    return cuda_report()["calls"] if "cuda" in _loaded else {}
 
 
 def set_cpu_isa(name: str) -> None:

@@ -194,4 +194,4 @@ def count_served(kernel: str) -> None:
 
 
 def _all_served() -> collections.Counter[str]:
-    return _served + collections.Counter(_native.cpu_calls())
+    return _served + collections.Counter(_native.cpu_calls()) + collections.Counter(_native.cuda_calls())

@@ -30,9 +30,7 @@ def status() -> list[dict[str, Any]]:
         for device in _preference.DEVICES:
             present = device == "cpu" or torch.cuda.is_available()
             reasons = {
-                backend: _registry.why_not(op, backend, device, torch.float32)
-                if present
-                else "this machine has no CUDA device"
+                backend: _registry.why_not(op, backend, device, torch.float32) if present else _without_device(backend)
                 for backend in ("native", "triton")
             }
             tried = _preference.backends(op, device)
@@ -52,6 +50,12 @@ def status() -> list[dict[str, Any]]:
     return rows
 
 
+def _without_device(backend: str) -> str:
+    """Why a CUDA kernel cannot serve on a machine without a GPU, and whether its library would be ready for one."""
+    library = _native.load("cuda") if backend == "native" else None
+    return "this machine has no CUDA device" + (f"; {library}" if library is not None else "")
+
+
 def _built_with(backend: str, device: str) -> str:
     if backend == "triton":
         # by name: a type checker takes `import triton` for the folder beside this file
@@ -61,4 +65,6 @@ def _built_with(backend: str, device: str) -> str:
     if device == "cpu":
         report = _native.cpu_report()
         built += f"; runs {report['isa']} of {', '.join(report['compiled'])}"
+    else:
+        built += f"; for {', '.join(_native.cuda_report()['architectures'])}"
     return built
