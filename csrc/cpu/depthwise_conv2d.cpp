@@ -55,12 +55,12 @@ void activate_row(A* row, int64_t count, Activation activation, const Slopes<A>&
   });
 }
 
-// Slope of the activation, as torch: 0 at both corners of relu6, and of hardswish outside (-3, 3)
+// Slope of the activation, corners as in torch
 template <class A>
 MF_INLINE Vector<A> activation_slope(Vector<A> z, Activation activation) {
   const Vector<A> zero{}, one = broadcast(A(1)), three = broadcast(A(3));
   if (activation == Activation::relu6) return (z > zero) & (z < broadcast(A(6))) ? one : zero;
-  if (activation == Activation::hardswish) return z < -three ? zero : z <= three ? z * A(1.0 / 3) + A(0.5) : one;
+  if (activation == Activation::hardswish) return z <= -three ? zero : z < three ? z * A(1.0 / 3) + A(0.5) : one;
   return one;
 }
 

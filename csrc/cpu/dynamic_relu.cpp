@@ -62,6 +62,9 @@ MF_INLINE void dynamic_relu_vector_backward(T* d_x, const T* d_y, const T* x, Ve
   d_slope2 += gradient2 * value;
 }
 
+// Values summed in one accumulator before it goes to a second one: the error of a sum grows with the longer of the two
+constexpr int64_t PARTIAL_SUM = 64;
+
 template <class T>
 void dynamic_relu_plane_backward(T* d_x, Accumulator<T>* d_slopes,  // d_slopes[0], d_slopes[1]
                                  const T* d_y, const T* x, Accumulator<T> slope1, Accumulator<T> slope2,
@@ -70,11 +73,17 @@ void dynamic_relu_plane_backward(T* d_x, Accumulator<T>* d_slopes,  // d_slopes[
   constexpr int lanes = LANES<A>;
   const Vector<A> a1 = broadcast(slope1), a2 = broadcast(slope2);
   Vector<A> d_a1{}, d_a2{};
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    dynamic_relu_vector_backward<T>(d_x + i, d_y + i, x + i, a1, a2, d_a1, d_a2, lanes);
+  for (int64_t begin = 0; begin < count; begin += PARTIAL_SUM * lanes) {
+    const int64_t end = count - begin < PARTIAL_SUM * lanes ? count : begin + PARTIAL_SUM * lanes;
+    Vector<A> part1{}, part2{};
+    int64_t i = begin;
+    for (; i + lanes <= end; i += lanes) {
+      dynamic_relu_vector_backward<T>(d_x + i, d_y + i, x + i, a1, a2, part1, part2, lanes);
+    }
+    if (i < end) dynamic_relu_vector_backward<T>(d_x + i, d_y + i, x + i, a1, a2, part1, part2, int(end - i));
+    d_a1 += part1;
+    d_a2 += part2;
   }
-  if (i < count) dynamic_relu_vector_backward<T>(d_x + i, d_y + i, x + i, a1, a2, d_a1, d_a2, int(count - i));
   d_slopes[0] = sum<A>(d_a1);
   d_slopes[1] = sum<A>(d_a2);
 }
@@ -90,12 +99,18 @@ void dynamic_relu_columns_backward(T* d_x, Accumulator<T>* d_slope1, Accumulator
     Vector<A> a1[4], a2[4], d_a1[4] = {}, d_a2[4] = {};
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) a1[v] = load(slope1 + v * lanes), a2[v] = load(slope2 + v * lanes);
-    for (int64_t l = 0; l < count; ++l) {
+    for (int64_t begin = 0; begin < count; begin += PARTIAL_SUM) {
+      const int64_t end = count - begin < PARTIAL_SUM ? count : begin + PARTIAL_SUM;
+      Vector<A> part1[4] = {}, part2[4] = {};
+      for (int64_t l = begin; l < end; ++l) {
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) {
-        const int64_t at = l * C + v * lanes;
-        dynamic_relu_vector_backward<T>(d_x + at, d_y + at, x + at, a1[v], a2[v], d_a1[v], d_a2[v], lanes);
+        for (int v = 0; v < 4; ++v) {
+          const int64_t at = l * C + v * lanes;
+          dynamic_relu_vector_backward<T>(d_x + at, d_y + at, x + at, a1[v], a2[v], part1[v], part2[v], lanes);
+        }
       }
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) d_a1[v] += part1[v], d_a2[v] += part2[v];
     }
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) store(d_slope1 + v * lanes, d_a1[v]), store(d_slope2 + v * lanes, d_a2[v]);
@@ -105,9 +120,15 @@ void dynamic_relu_columns_backward(T* d_x, Accumulator<T>* d_slope1, Accumulator
     const int here = int(channels - c < lanes ? channels - c : lanes);
     const Vector<A> a1 = load(slope1 + c, here), a2 = load(slope2 + c, here);
     Vector<A> d_a1{}, d_a2{};
-    for (int64_t l = 0; l < count; ++l) {
-      const int64_t at = l * C + c;
-      dynamic_relu_vector_backward<T>(d_x + at, d_y + at, x + at, a1, a2, d_a1, d_a2, here);
+    for (int64_t begin = 0; begin < count; begin += PARTIAL_SUM) {
+      const int64_t end = count - begin < PARTIAL_SUM ? count : begin + PARTIAL_SUM;
+      Vector<A> part1{}, part2{};
+      for (int64_t l = begin; l < end; ++l) {
+        const int64_t at = l * C + c;
+        dynamic_relu_vector_backward<T>(d_x + at, d_y + at, x + at, a1, a2, part1, part2, here);
+      }
+      d_a1 += part1;
+      d_a2 += part2;
     }
     store(d_slope1 + c, d_a1, here);
     store(d_slope2 + c, d_a2, here);
@@ -122,6 +143,13 @@ namespace mf {
 namespace {
 
 constexpr int64_t GRAIN = 16384;  // values that are worth a thread
+
+// d_theta of one slope, 2 hsig(theta) + const; 0 where the hard sigmoid is flat, even if the slope's gradient is not finite
+template <class A>
+A slope_gradient(A d_slope, A theta) {
+  const A steepness = A(2) * hard_sigmoid_slope(theta);
+  return steepness == A(0) ? A(0) : d_slope * steepness;
+}
 
 void dynamic_relu_into(const FeatureMap& y, const FeatureMap& x, const Tensor& theta) {  // theta (B, 2C)
   const int64_t B = x.batch, C = x.channels, L = x.positions();
@@ -204,10 +232,8 @@ std::tuple<Tensor, Tensor> dynamic_relu_bwd(Tensor d_y_in, Tensor x_in, Tensor t
     for (int64_t b = 0; b < B; ++b) {  // a1 and a2 are both 2 hsig(theta) + const
       for (int64_t c = 0; c < C; ++c) {
         const int64_t at1 = b * 2 * C + c, at2 = at1 + C;
-        from_accumulator(d_theta_data[at1],
-                         A(2) * d_slope1[b * C + c] * hard_sigmoid_slope(to_accumulator(theta_data[at1])));
-        from_accumulator(d_theta_data[at2],
-                         A(2) * d_slope2[b * C + c] * hard_sigmoid_slope(to_accumulator(theta_data[at2])));
+        from_accumulator(d_theta_data[at1], slope_gradient<A>(d_slope1[b * C + c], to_accumulator(theta_data[at1])));
+        from_accumulator(d_theta_data[at2], slope_gradient<A>(d_slope2[b * C + c], to_accumulator(theta_data[at2])));
       }
     }
   });

@@ -48,7 +48,8 @@ void mobile_to_former_span(Accumulator<T>* partial,  // [M][E + 2]: weighted sum
         for (int64_t c = 0; c < E; ++c) gathered[m * E + c] *= correction;
         highest[m] = found;
       }
-      for (int64_t p = 0; p < used; p += lanes) store(row + p, exp2_nonpositive(load(row + p) - highest[m]));
+      const A base = highest[m] == -INFINITY ? A(0) : highest[m];  // only -inf so far: terms of 0, not NaN
+      for (int64_t p = 0; p < used; p += lanes) store(row + p, exp2_nonpositive(load(row + p) - base));
       for (int64_t p = here; p < used; ++p) row[p] = 0;
       for (int64_t p = 0; p < used; p += lanes) total[m] += load(row + p);
     }
@@ -63,14 +64,16 @@ void mobile_to_former_span(Accumulator<T>* partial,  // [M][E + 2]: weighted sum
 
 // One span of the gradient: d_x of its positions, and its share of d_q
 template <class T>
-void mobile_to_former_span_backward(Accumulator<T>* d_q_partial,        // [M][E]
-                                    T* d_x,                             // like x
-                                    const Accumulator<T>* q,            // [M][E], times scale
-                                    const Accumulator<T>* d_out,        // [M][E]
-                                    const Accumulator<T>* log_sum_exp,  // [M]
-                                    const Accumulator<T>* delta,        // [M]: sum_c d_out out
-                                    const T* x, int64_t M, int64_t E, int64_t count, Accumulator<T> scale,
-                                    int64_t channel_stride, int64_t position_stride) {
+void mobile_to_former_span_backward(
+    Accumulator<T>* d_q_partial,       // [M][E]
+    T* d_x,                            // like x
+    const Accumulator<T>* q_base2,     // [M][E], times scale * log2(e)
+    const Accumulator<T>* q,           // [M][E], times scale
+    const Accumulator<T>* d_out,       // [M][E]
+    const Accumulator<T>* statistics,  // [M][2]: maximum of the scores (base 2), sum of terms
+    const Accumulator<T>* delta,       // [M]: sum_c d_out out
+    const T* x, int64_t M, int64_t E, int64_t count, Accumulator<T> scale, int64_t channel_stride,
+    int64_t position_stride) {
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;
   const int P = tile_positions<A>(E, count);
@@ -82,12 +85,13 @@ void mobile_to_former_span_backward(Accumulator<T>* d_q_partial,        // [M][E
     const int64_t used = (here + lanes - 1) / lanes * lanes;
     load_tile<T>(tile, P, E, here, x + begin * position_stride, channel_stride, position_stride);
     with_tokens(M, [&]<int TOKENS>() {
-      rows_dot_tile<A, TOKENS>(weights, q, tile, E, P, used);
+      rows_dot_tile<A, TOKENS>(weights, q_base2, tile, E, P, used);
       rows_dot_tile<A, TOKENS>(d_scores, d_out, tile, E, P, used);
     });
     for (int64_t m = 0; m < M; ++m) {
+      const A highest = statistics[2 * m], inverse = A(1) / statistics[2 * m + 1];
       for (int64_t p = 0; p < used; p += lanes) {
-        const Vector<A> weight = exp2_nonpositive((load(weights + m * P + p) - log_sum_exp[m]) * A(LOG2_E));
+        const Vector<A> weight = exp2_nonpositive(load(weights + m * P + p) - highest) * inverse;
         store(weights + m * P + p, weight);
         store(d_scores + m * P + p, weight * (load(d_scores + m * P + p) - delta[m]));
       }
@@ -116,14 +120,15 @@ std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_
   const Tensor q = as_contiguous(q_in);  // (B, M, C)
   const AttentionProblem p(x, q, num_heads);
   const Tensor out = new_tensor({p.B, p.M, p.C}, q.scalar_type());
-  const Tensor log_sum_exp = new_tensor({p.B, p.N, p.M}, accumulator_dtype(q));
+  // Not their log-sum-exp: rounded, it would err more in the backward weights than the scores themselves do
+  const Tensor statistics = new_tensor({p.B, p.N, p.M, 2}, accumulator_dtype(q));
   count_served(Kernel::mobile_to_former_fwd);
   with_dtype(x_in.scalar_type(), [&]<class T>() {
     using A = Accumulator<T>;
     const A scale = A(1) / std::sqrt(A(p.E));
     const T *x_data = data<T>(x.tensor), *q_data = data<T>(q);
     T* out_data = mutable_data<T>(out);
-    A* log_sum_exp_data = mutable_data<A>(log_sum_exp);
+    A* statistics_data = mutable_data<A>(statistics);
     Scratch<A> partials(p.tasks() * p.M * (p.E + 2));
     torch::stable::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
       Scratch<A> rows(p.M * p.E);
@@ -145,21 +150,22 @@ std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_
       Scratch<A> gathered(p.E);
       for (int64_t e = 0; e < p.E; ++e) gathered[e] = 0;
       for (int64_t s = 0; s < p.spans; ++s) {
-        const A correction = std::exp2(first[s * stride + p.E] - highest);
+        const A correction = highest == -INFINITY ? A(1) : std::exp2(first[s * stride + p.E] - highest);
         total += first[s * stride + p.E + 1] * correction;
         for (int64_t e = 0; e < p.E; ++e) gathered[e] += first[s * stride + e] * correction;
       }
-      log_sum_exp_data[row] = highest / A(LOG2_E) + std::log(total);
+      statistics_data[2 * row] = highest;
+      statistics_data[2 * row + 1] = total;
       for (int64_t e = 0; e < p.E; ++e) {
         from_accumulator(out_data[(b * p.M + m) * p.C + n * p.E + e], gathered[e] / total);
       }
     }
   });
-  return {out, log_sum_exp};
+  return {out, statistics};
 }
 
 std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Tensor q_in, Tensor out,
-                                                Tensor log_sum_exp, int64_t num_heads) {
+                                                Tensor statistics, int64_t num_heads) {
   const FeatureMap x = feature_map(x_in);
   const Tensor q = as_contiguous(q_in), d_out = as_contiguous(d_out_in);  // (B, M, C)
   const AttentionProblem p(x, q, num_heads);
@@ -170,13 +176,14 @@ std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Te
     using A = Accumulator<T>;
     const A scale = A(1) / std::sqrt(A(p.E));
     const T *x_data = data<T>(x.tensor), *q_data = data<T>(q), *d_out_data = data<T>(d_out), *out_data = data<T>(out);
-    const A* log_sum_exp_data = data<A>(log_sum_exp);
+    const A* statistics_data = data<A>(statistics);
     T *d_x_data = mutable_data<T>(d_x.tensor), *d_q_data = mutable_data<T>(d_q);
     Scratch<A> partials(p.tasks() * p.M * p.E);
     torch::stable::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
-      Scratch<A> rows(p.M * p.E), d_rows(p.M * p.E), out_rows(p.M * p.E), delta(p.M);
+      Scratch<A> rows_base2(p.M * p.E), rows(p.M * p.E), d_rows(p.M * p.E), out_rows(p.M * p.E), delta(p.M);
       for (int64_t i = begin; i < end; ++i) {
         const auto [b, n, first, count] = p.task(i);
+        take_head<T>(rows_base2, q_data, p, b, n, scale * A(LOG2_E));
         take_head<T>(rows, q_data, p, b, n, scale);
         take_head<T>(d_rows, d_out_data, p, b, n, A(1));
         take_head<T>(out_rows, out_data, p, b, n, A(1));
@@ -185,9 +192,9 @@ std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Te
           for (int64_t e = 0; e < p.E; ++e) delta[m] += d_rows[m * p.E + e] * out_rows[m * p.E + e];
         }
         const int64_t offset = x.offset(b, n * p.E, first);
-        MF_CALL(mobile_to_former_span_backward<T>(partials + i * p.M * p.E, d_x_data + offset, rows, d_rows,
-                                                  log_sum_exp_data + (b * p.N + n) * p.M, delta, x_data + offset, p.M,
-                                                  p.E, count, scale, x.channel_stride(), x.position_stride()));
+        MF_CALL(mobile_to_former_span_backward<T>(partials + i * p.M * p.E, d_x_data + offset, rows_base2, rows, d_rows,
+                                                  statistics_data + (b * p.N + n) * p.M * 2, delta, x_data + offset,
+                                                  p.M, p.E, count, scale, x.channel_stride(), x.position_stride()));
       }
     });
     sum_spans<T>(d_q_data, partials, p);

@@ -120,11 +120,17 @@ MF_INLINE void store(T* target, Vector<Accumulator<T>> v, int count) {
   for (int i = 0; i < count; ++i) target[i] = padded[i];
 }
 
-// ---- 2^x for x <= 0: softmax terms, with log2(e) folded into the scores. Clamped where products would turn denormal:
-// a term of 2^-100 beside the largest, 1, is lost in any sum.
+// ---- 2^x for x <= 0: softmax terms, with log2(e) folded into the scores. 0 where the result would be denormal; NaN
+// stays, whatever its bits.
+
+template <class A>
+MF_INLINE Vector<A> zero_below(A bound, Vector<A> x, Vector<A> power) {
+  const Vector<A> result = x < bound ? Vector<A>{} : power;
+  return x == x ? result : x;
+}
 
 MF_INLINE Vector<float> exp2_nonpositive(Vector<float> x) {
-  const Vector<float> clamped = maximum<float>(broadcast(-100.0f), x);
+  const Vector<float> clamped = maximum<float>(broadcast(-126.0f), x);
   const Vector<float> shifted = clamped + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
   const Vector<float> r = clamped - (shifted - 12582912.0f);
   Vector<float> p = broadcast(1.5252734e-5f);  // Taylor of 2^r: the next term is below a rounding for |r| <= 1/2
@@ -135,11 +141,12 @@ MF_INLINE Vector<float> exp2_nonpositive(Vector<float> x) {
   p = p * r + 2.4022651e-1f;
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.0f;
-  return (Vector<float>)((IntegerVector<float>)p + ((IntegerVector<float>)shifted << 23));
+  return zero_below<float>(-126.0f, x,
+                           (Vector<float>)((IntegerVector<float>)p + ((IntegerVector<float>)shifted << 23)));
 }
 
 MF_INLINE Vector<double> exp2_nonpositive(Vector<double> x) {
-  const Vector<double> clamped = maximum<double>(broadcast(-900.0), x);
+  const Vector<double> clamped = maximum<double>(broadcast(-1022.0), x);
   const Vector<double> shifted = clamped + 6755399441055744.0;  // 1.5 * 2^52
   const Vector<double> r = (clamped - (shifted - 6755399441055744.0)) * 0.693147180559945309417;
   Vector<double> p = broadcast(1.0 / 6227020800.0);  // Taylor of e^r, |r| <= ln(2)/2
@@ -150,7 +157,8 @@ MF_INLINE Vector<double> exp2_nonpositive(Vector<double> x) {
                                            1.0};
   // clang-format on
   for (double term : inverse_factorials) p = p * r + term;
-  return (Vector<double>)((IntegerVector<double>)p + ((IntegerVector<double>)shifted << 52));
+  return zero_below<double>(-1022.0, x,
+                            (Vector<double>)((IntegerVector<double>)p + ((IntegerVector<double>)shifted << 52)));
 }
 
 // ---- shuffles across two vectors

@@ -46,36 +46,36 @@ def mobile_to_former(x: Tensor, q: Tensor, *, num_heads: int = 2) -> Tensor:
 
 
 def _forward_fake(x: Tensor, q: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        (q.shape[0], num_heads, q.shape[1]), dtype=statistics
-    )
+    """The softmax's statistics: its log-sum-exp (B, N, M) on CUDA; on CPU the largest score and the sum, (B, N, M, 2)."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shape = (q.shape[0], num_heads, q.shape[1], 2) if x.device.type == "cpu" else (q.shape[0], num_heads, q.shape[1])
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(shape, dtype=dtype)
 
 
 def _backward_fake(
-    d_out: Tensor, x: Tensor, q: Tensor, out: Tensor, log_sum_exp: Tensor, num_heads: int
+    d_out: Tensor, x: Tensor, q: Tensor, out: Tensor, statistics: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
     d_x = _library.empty_map(x, x.shape[1], x.shape[2], x.shape[3])
     return d_x, torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 _FORWARD = _library.define(
-    f"{NAME}_fwd", "(Tensor x, Tensor q, int num_heads) -> (Tensor out, Tensor log_sum_exp)", _forward_fake
+    f"{NAME}_fwd", "(Tensor x, Tensor q, int num_heads) -> (Tensor out, Tensor statistics)", _forward_fake
 )
 _BACKWARD = _library.define(
     f"{NAME}_bwd",
-    "(Tensor d_out, Tensor x, Tensor q, Tensor out, Tensor log_sum_exp, int num_heads) -> (Tensor d_x, Tensor d_q)",
+    "(Tensor d_out, Tensor x, Tensor q, Tensor out, Tensor statistics, int num_heads) -> (Tensor d_x, Tensor d_q)",
     _backward_fake,
 )
 
 
 class _MobileToFormer(torch.autograd.Function):
-    """Saves x, q, the output and the log-sum-exp (B, N, M); the attention map is never stored."""
+    """Saves x, q, the output and the statistics of the softmax; the attention map is never stored."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, q: Tensor, num_heads: int, backend: str) -> Tensor:
-        out, log_sum_exp = _FORWARD[backend](x, q, num_heads)
-        ctx.save_for_backward(x, q, out, log_sum_exp)
+        out, statistics = _FORWARD[backend](x, q, num_heads)
+        ctx.save_for_backward(x, q, out, statistics)
         ctx.num_heads, ctx.backend = num_heads, backend
         return out
 
