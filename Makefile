@@ -58,7 +58,7 @@ demo: $(VENV)/.installed $(VENV)/.built
 	$(BIN)/mobileformer demo
 
 test: $(VENV)/.developing $(VENV)/.built
-	$(BIN)/python -m pytest --cov --cov-report=term $(TEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(TEST)
 
 lint: $(VENV)/.developing
 	$(BIN)/ruff check .

@@ -71,13 +71,19 @@ void mobile_to_former_span_backward(
     const Accumulator<T>* q,           // [M][E], times scale
     const Accumulator<T>* d_out,       // [M][E]
     const Accumulator<T>* statistics,  // [M][2]: maximum of the scores (base 2), sum of terms
-    const Accumulator<T>* delta,       // [M]: sum_c d_out out
+    const Accumulator<T>* out,         // [M][E]
     const T* x, int64_t M, int64_t E, int64_t count, Accumulator<T> scale, int64_t channel_stride,
     int64_t position_stride) {
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;
   const int P = tile_positions<A>(E, count);
   Scratch<A> tile(E * P), d_tile(E * P), weights(M * P), d_scores(M * P);
+  A delta[MAX_TOKENS];  // sum_c d_out out, in the order of rows_dot_tile: a saturated softmax then cancels to exactly 0
+  for (int64_t m = 0; m < M; ++m) {
+    Vector<A> sum{};
+    for (int64_t c = 0; c < E; ++c) sum += broadcast(d_out[m * E + c]) * broadcast(out[m * E + c]);
+    delta[m] = sum[0];
+  }
   for (int64_t i = 0; i < M * E; ++i) d_q_partial[i] = 0;
 
   for (int64_t begin = 0; begin < count; begin += P) {
@@ -180,20 +186,16 @@ std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Te
     T *d_x_data = mutable_data<T>(d_x.tensor), *d_q_data = mutable_data<T>(d_q);
     Scratch<A> partials(p.tasks() * p.M * p.E);
     torch::stable::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
-      Scratch<A> rows_base2(p.M * p.E), rows(p.M * p.E), d_rows(p.M * p.E), out_rows(p.M * p.E), delta(p.M);
+      Scratch<A> rows_base2(p.M * p.E), rows(p.M * p.E), d_rows(p.M * p.E), out_rows(p.M * p.E);
       for (int64_t i = begin; i < end; ++i) {
         const auto [b, n, first, count] = p.task(i);
         take_head<T>(rows_base2, q_data, p, b, n, scale * A(LOG2_E));
         take_head<T>(rows, q_data, p, b, n, scale);
         take_head<T>(d_rows, d_out_data, p, b, n, A(1));
         take_head<T>(out_rows, out_data, p, b, n, A(1));
-        for (int64_t m = 0; m < p.M; ++m) {
-          delta[m] = 0;
-          for (int64_t e = 0; e < p.E; ++e) delta[m] += d_rows[m * p.E + e] * out_rows[m * p.E + e];
-        }
         const int64_t offset = x.offset(b, n * p.E, first);
         MF_CALL(mobile_to_former_span_backward<T>(partials + i * p.M * p.E, d_x_data + offset, rows_base2, rows, d_rows,
-                                                  statistics_data + (b * p.N + n) * p.M * 2, delta, x_data + offset,
+                                                  statistics_data + (b * p.N + n) * p.M * 2, out_rows, x_data + offset,
                                                   p.M, p.E, count, scale, x.channel_stride(), x.position_stride()));
       }
     });
