@@ -23,7 +23,8 @@ struct AttentionShape {
 };
 
 inline AttentionShape attention_shape(int64_t B, int64_t C, int64_t L, int64_t M, int64_t N, bool channels_last) {
-  return {B, C, L, channels_last ? 1 : L, channels_last ? C : 1, int(M), int(N), int(C / N), 1.0f / sqrtf(float(C / N))};
+  return {B,      C,      L,          channels_last ? 1 : L,     channels_last ? C : 1,
+          int(M), int(N), int(C / N), 1.0f / sqrtf(float(C / N))};
 }
 
 struct AttentionPlan {
@@ -60,7 +61,8 @@ inline AttentionPlan plan_attention(const AttentionShape& s, Access access, int 
   if (p.vector == 1) p.tokens = 8;  // the way for odd shapes: one kernel for any M
   p.across = THREADS / 2;
   const int64_t loads = divide_up(s.L, p.vector);
-  while (p.across > WARP && (loads <= p.across / 2 || s.B * s.N * divide_up(loads, p.across) < BLOCKS_WANTED / 4)) p.across /= 2;
+  while (p.across > WARP && (loads <= p.across / 2 || s.B * s.N * divide_up(loads, p.across) < BLOCKS_WANTED / 4))
+    p.across /= 2;
   p.slots = p.across;
   p.tiles = divide_up(loads, p.across);
   p.parts = p.tiles * (p.across / WARP);
@@ -85,13 +87,14 @@ struct ChannelLane {
 
 // rows[m] = factor * tokens[b][m][channel ...]; zeros beyond M and for threads without channels
 template <class T, int M, int V>
-__device__ inline void load_token_rows(float (&rows)[M][V], const T* tokens, const AttentionShape& s, const ChannelLane& lane,
-                                       float factor) {
+__device__ inline void load_token_rows(float (&rows)[M][V], const T* tokens, const AttentionShape& s,
+                                       const ChannelLane& lane, float factor) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {  // once a block: tokens may lie at any address
-      rows[m][i] = lane.active && m < s.M ? factor * to_float(tokens[(lane.b * s.M + m) * s.C + lane.channel + i]) : 0.0f;
+      rows[m][i] =
+          lane.active && m < s.M ? factor * to_float(tokens[(lane.b * s.M + m) * s.C + lane.channel + i]) : 0.0f;
     }
   }
 }
@@ -190,8 +193,8 @@ struct alignas(16) TokenColumn {
 
 // columns[e].of[m] = factor * tokens[b][m][first + e] for `count` channels; the caller synchronises before and after
 template <class T, int M>
-__device__ inline void stage_tokens(TokenColumn<M>* columns, const T* tokens, const AttentionShape& s, int64_t b, int64_t first,
-                                    int count, float factor) {
+__device__ inline void stage_tokens(TokenColumn<M>* columns, const T* tokens, const AttentionShape& s, int64_t b,
+                                    int64_t first, int count, float factor) {
   for (int i = threadIdx.x; i < count * M; i += THREADS) {
     const int m = i / count, e = i % count;
     columns[e].of[m] = m < s.M ? factor * to_float(tokens[(b * s.M + m) * s.C + first + e]) : 0.0f;
@@ -199,15 +202,18 @@ __device__ inline void stage_tokens(TokenColumn<M>* columns, const T* tokens, co
 }
 
 // Calls body(e) for the channels of this thread's slice, chunk by chunk, once stage(first, count) has staged them
-template <class Stage, class Body>
-__device__ inline void for_channels(const AttentionShape& s, const PositionLane& lane, const Stage& stage, const Body& body) {
+// UNROLL of them at a time, so that as many loads are in flight
+template <int UNROLL, class Stage, class Body>
+__device__ inline void for_channels(const AttentionShape& s, const PositionLane& lane, const Stage& stage,
+                                    const Body& body) {
   for (int first = 0; first < s.E; first += CHUNK) {
     const int count = int(smaller(CHUNK, s.E - first));
     __syncthreads();
     stage(lane.channel + first, count);
     __syncthreads();
-#pragma unroll 4
-    for (int e = lane.slice; e < count; e += lane.slices) body(e, lane.offset + (first + e) * s.channel_stride, first + e);
+#pragma unroll UNROLL
+    for (int e = lane.slice; e < count; e += lane.slices)
+      body(e, lane.offset + (first + e) * s.channel_stride, first + e);
   }
 }
 
@@ -234,18 +240,20 @@ __device__ inline void sum_slices(float (&values)[M][V], float* shared,  // [THR
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       values[m][i] = 0;
-      for (int slice = 0; slice < lane.slices; ++slice) values[m][i] += shared[i * THREADS + slice * p.across + lane.across];
+      for (int slice = 0; slice < lane.slices; ++slice)
+        values[m][i] += shared[i * THREADS + slice * p.across + lane.across];
     }
   }
 }
 
 // Position lanes: partials[b][part][m][c] = sum of values[m] over the warp's positions
 template <int COUNT>
-__device__ inline void leave_lane_sums(float* partials, float (&values)[COUNT], const AttentionShape& s, const AttentionPlan& p,
-                                       const PositionLane& lane, int64_t c) {
+__device__ inline void leave_lane_sums(float* partials, float (&values)[COUNT], const AttentionShape& s,
+                                       const AttentionPlan& p, const PositionLane& lane, int64_t c) {
   const float total = sum_lanes_of_each(values, lane.lane);
   const int m = lane.lane / (WARP / COUNT);
-  if (lane.lane % (WARP / COUNT) == 0 && m < s.M) partials[((lane.b * p.parts + lane.part) * s.M + m) * s.C + c] = total;
+  if (lane.lane % (WARP / COUNT) == 0 && m < s.M)
+    partials[((lane.b * p.parts + lane.part) * s.M + m) * s.C + c] = total;
 }
 
 // Calls f.template operator()<V, M>() with the plan's V, one of WIDE, 4 and 1, and the plan's M

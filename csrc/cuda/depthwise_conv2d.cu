@@ -11,18 +11,21 @@ namespace {
 Activation activation_of(const std::string& name) {
   if (name == "hardswish") return Activation::hardswish;
   if (name == "relu6") return Activation::relu6;
-  STD_TORCH_CHECK(name == "identity", "depthwise_conv2d: activation: expected hardswish, relu6 or identity, got ", name);
+  STD_TORCH_CHECK(name == "identity", "depthwise_conv2d: activation: expected hardswish, relu6 or identity, got ",
+                  name);
   return Activation::identity;
 }
 
 DepthwiseShape shape_of(const FeatureMap& x, const Tensor& weight, int64_t stride) {  // weight (O, 1, K, K)
   STD_TORCH_CHECK((weight.size(2) == 3 || weight.size(2) == 5) && (stride == 1 || stride == 2),
-                  "depthwise_conv2d: expected filters of 3 x 3 or 5 x 5 and a stride of 1 or 2, got ", weight.size(2), " and ",
-                  stride);
-  return depthwise_shape(x.batch, x.channels, x.height, x.width, weight.size(0), weight.size(2), stride, x.channels_last);
+                  "depthwise_conv2d: expected filters of 3 x 3 or 5 x 5 and a stride of 1 or 2, got ", weight.size(2),
+                  " and ", stride);
+  return depthwise_shape(x.batch, x.channels, x.height, x.width, weight.size(0), weight.size(2), stride,
+                         x.channels_last);
 }
 
-Tensor depthwise_conv2d_fwd(Tensor x_in, Tensor weight_in, std::optional<Tensor> bias_in, int64_t stride, std::string name) {
+Tensor depthwise_conv2d_fwd(Tensor x_in, Tensor weight_in, std::optional<Tensor> bias_in, int64_t stride,
+                            std::string name) {
   const DeviceCall call(Kernel::depthwise_conv2d_fwd, x_in);
   const FeatureMap x = feature_map(x_in);
   const Tensor weight = as_contiguous(weight_in);                  // (O, 1, K, K)
@@ -39,7 +42,8 @@ Tensor depthwise_conv2d_fwd(Tensor x_in, Tensor weight_in, std::optional<Tensor>
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_in, Tensor weight_in,
-                                                        std::optional<Tensor> bias_in, int64_t stride, std::string name) {
+                                                        std::optional<Tensor> bias_in, int64_t stride,
+                                                        std::string name) {
   const DeviceCall call(Kernel::depthwise_conv2d_bwd, x_in);
   const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
   const Tensor weight = as_contiguous(weight_in);                  // (O, 1, K, K)
@@ -54,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_
   with_dtype(x_in.scalar_type(), [&]<class T>() {
     launch_depthwise_conv2d_backward<T>(mutable_data<T>(d_x.tensor), mutable_data<T>(d_weight), mutable_data<T>(d_bias),
                                         data<T>(d_y.tensor), data<T>(x.tensor), data<T>(weight),
-                                        bias_in ? data<T>(bias) : nullptr, mutable_data<T>(gradient.tensor), s, activation,
-                                        call, call.stream());
+                                        bias_in ? data<T>(bias) : nullptr, mutable_data<T>(gradient.tensor), s,
+                                        activation, call, call.stream());
   });
   call.check_launches();
   return {d_x.tensor, d_weight, d_bias};

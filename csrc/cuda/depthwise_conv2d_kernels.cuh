@@ -14,14 +14,15 @@ namespace mf {
 
 // y = activation(z), or, given d_y, the gradient before the activation: y = d_y activation'(z)
 template <class T, Way WAY, int V, int K, int S>
-__global__ void __launch_bounds__(THREADS, 1) depthwise_conv2d(T* __restrict__ y,             // (B, O, OH, OW)
-                                                               const T* __restrict__ x,       // (B, C, H, W)
-                                                               const T* __restrict__ weight,  // (O, 1, K, K)
-                                                               const T* __restrict__ bias,    // (O) or null
-                                                               const T* __restrict__ d_y,     // like y, or null
-                                                               Activation activation, DepthwiseShape s, DepthwisePlan p) {
-  using Shape = Tile<WAY, V, S, false>;
-  constexpr int LANES = Shape::LANES, ROWS = Shape::ROWS, COLS = Shape::COLS, P = K / 2;
+__global__ void __launch_bounds__(THREADS, 1)
+    depthwise_conv2d(T* __restrict__ y,             // (B, O, OH, OW)
+                     const T* __restrict__ x,       // (B, C, H, W)
+                     const T* __restrict__ weight,  // (O, 1, K, K)
+                     const T* __restrict__ bias,    // (O) or null
+                     const T* __restrict__ d_y,     // like y, or null
+                     Activation activation, DepthwiseShape s, DepthwisePlan p) {
+  constexpr int LANES = WAY == Way::channels ? V : 1, P = K / 2;
+  constexpr int ROWS = tile_rows(WAY, K, S, false), COLS = tile_cols(WAY, V, K, S, false);
   __shared__ float shared[K * K * WARP * LANES];
   const TileWalk walk(p, s.O);
   float filters[K * K][LANES], offset[LANES];
@@ -30,6 +31,7 @@ __global__ void __launch_bounds__(THREADS, 1) depthwise_conv2d(T* __restrict__ y
   fill(offset, 0);
 #pragma unroll
   for (int i = 0; i < LANES; ++i) offset[i] = bias != nullptr ? to_float(bias[walk.channel + i]) : 0.0f;
+  const LaneChannels<LANES> lanes(walk.channel, s.mult);
   const Map<const T> source{x, s.C, s.H, s.W, s.channels_last};
   const Map<T> target{y, s.O, s.OH, s.OW, s.channels_last};
   for (int64_t tile = walk.first; tile < walk.end; tile += p.slots) {
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(THREADS, 1) depthwise_conv2d(T* __restrict__ y
       const int64_t h = row0 * S - P + in;
       if (h < 0 || h >= s.H) continue;
       float row[(COLS - 1) * S + K][LANES];
-      load_row<WAY, V, P, COLS * S>(row, source, place.b, walk.channel, s.mult, h, col0 * S - P);
+      load_row<WAY, V, P, COLS * S>(row, source, place.b, lanes, h, col0 * S - P);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         const int u = in - r * S;
@@ -98,8 +100,8 @@ struct FilterSums {
 
 template <class T, Way WAY, int V, int K, int S>
 struct BackwardTile {
-  using Shape = Tile<WAY, V, S, true>;
-  static constexpr int LANES = Shape::LANES, ROWS = Shape::ROWS, COLS = Shape::COLS, P = K / 2;
+  static constexpr int LANES = WAY == Way::channels ? V : 1, P = K / 2;
+  static constexpr int ROWS = tile_rows(WAY, K, S, true), COLS = tile_cols(WAY, V, K, S, true);
   static constexpr int BEFORE = P / S;  // rows and columns of g before the tile's own that reach it
   static constexpr int G_ROWS = (ROWS - 1 + P) / S + BEFORE + 1, G_COLS = (COLS - 1 + P) / S + BEFORE + 1;
   float d_x[ROWS][COLS][LANES], x[ROWS][COLS][LANES];
@@ -116,7 +118,7 @@ struct BackwardTile {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       if (h0 + r < map.height) {
-        load_row<WAY, V, 0, COLS>(x[r], map, b, channel, 1, h0 + r, w0);
+        load_row<WAY, V, 0, COLS>(x[r], map, b, LaneChannels<LANES>(channel, 1), h0 + r, w0);
       } else {
 #pragma unroll
         for (int c = 0; c < COLS; ++c) fill(x[r][c], 0);
@@ -126,14 +128,14 @@ struct BackwardTile {
 
   // Adds what the gradients of output channel `channel` (its lanes are neighbours) give to d_x, to the sums, or to both
   template <bool TO_X, bool TO_SUMS>
-  __device__ void add(FilterSums<K, LANES>& sums, const float (&filters)[K * K][LANES], const Map<const T>& g, int64_t b,
-                      int64_t channel, int64_t i0, int64_t j0) {
+  __device__ void add(FilterSums<K, LANES>& sums, const float (&filters)[K * K][LANES], const Map<const T>& g,
+                      int64_t b, int64_t channel, int64_t i0, int64_t j0) {
 #pragma unroll
     for (int gi = 0; gi < G_ROWS; ++gi) {
       const int64_t i = i0 - BEFORE + gi;
       if (i < 0 || i >= g.height) continue;
       float row[G_COLS][LANES];
-      load_row<WAY, V, BEFORE, COLS / S>(row, g, b, channel, 1, i, j0 - BEFORE);
+      load_row<WAY, V, BEFORE, COLS / S>(row, g, b, LaneChannels<LANES>(channel, 1), i, j0 - BEFORE);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         const int u = r + P - S * (gi - BEFORE);  // the tap that connects output row i to the tile's row r
@@ -148,7 +150,8 @@ struct BackwardTile {
             for (int lane = 0; lane < LANES; ++lane) {
               if (TO_X) d_x[r][c][lane] += filters[u * K + v][lane] * row[gj][lane];
               if (TO_SUMS) sums.d_weight[u * K + v][lane] += x[r][c][lane] * row[gj][lane];
-              if (TO_SUMS && u == P && v == P) sums.d_bias[lane] += row[gj][lane];  // the middle tap meets each output once
+              if (TO_SUMS && u == P && v == P)
+                sums.d_bias[lane] += row[gj][lane];  // the middle tap meets each output once
             }
           }
         }
@@ -177,15 +180,17 @@ struct BackwardTile {
 
 // partials[part][o][t] = the block's sum; t = K*K is the bias
 template <int K, int LANES>
-__device__ inline void leave_filter_sums(float* partials, const FilterSums<K, LANES>& sums, float* shared, int64_t o, int64_t step,
-                                         const DepthwiseShape& s, const DepthwisePlan& p, const TileWalk& walk) {
+__device__ inline void leave_filter_sums(float* partials, const FilterSums<K, LANES>& sums, float* shared, int64_t o,
+                                         int64_t step, const DepthwiseShape& s, const DepthwisePlan& p,
+                                         const TileWalk& walk) {
   constexpr int TAPS = K * K, COUNT = K == 3 ? 16 : 32;  // a power of two
   float* target = partials + (walk.part * s.O + o) * (TAPS + 1);
   if (p.across == 1) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     float values[COUNT];
 #pragma unroll
-    for (int t = 0; t < COUNT; ++t) values[t] = t < TAPS ? sums.d_weight[t < TAPS ? t : 0][0] : t == TAPS ? sums.d_bias[0] : 0.0f;
+    for (int t = 0; t < COUNT; ++t)
+      values[t] = t < TAPS ? sums.d_weight[t < TAPS ? t : 0][0] : t == TAPS ? sums.d_bias[0] : 0.0f;
     const float total = sum_lanes_of_each(values, lane);
     __syncthreads();
     if (lane % (WARP / COUNT) == 0) shared[warp * COUNT + lane / (WARP / COUNT)] = total;
@@ -201,7 +206,8 @@ __device__ inline void leave_filter_sums(float* partials, const FilterSums<K, LA
   for (int t = 0; t <= TAPS; ++t) {
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < LANES; ++i) shared[threadIdx.x * LANES + i] = t < TAPS ? sums.d_weight[t < TAPS ? t : 0][i] : sums.d_bias[i];
+    for (int i = 0; i < LANES; ++i)
+      shared[threadIdx.x * LANES + i] = t < TAPS ? sums.d_weight[t < TAPS ? t : 0][i] : sums.d_bias[i];
     __syncthreads();
     if (int(threadIdx.x) >= p.across || !walk.active) continue;
 #pragma unroll
@@ -214,12 +220,13 @@ __device__ inline void leave_filter_sums(float* partials, const FilterSums<K, LA
 }
 
 template <class T, Way WAY, int V, int K, int S>
-__global__ void __launch_bounds__(THREADS, 1) depthwise_conv2d_backward(T* __restrict__ d_x,           // (B, C, H, W)
-                                                                        float* __restrict__ partials,  // [parts][O][K*K + 1]
-                                                                        const T* __restrict__ g,       // (B, O, OH, OW)
-                                                                        const T* __restrict__ x,       // (B, C, H, W)
-                                                                        const T* __restrict__ weight,  // (O, 1, K, K)
-                                                                        DepthwiseShape s, DepthwisePlan p) {
+__global__ void __launch_bounds__(THREADS, 1)
+    depthwise_conv2d_backward(T* __restrict__ d_x,           // (B, C, H, W)
+                              float* __restrict__ partials,  // [parts][O][K*K + 1]
+                              const T* __restrict__ g,       // (B, O, OH, OW)
+                              const T* __restrict__ x,       // (B, C, H, W)
+                              const T* __restrict__ weight,  // (O, 1, K, K)
+                              DepthwiseShape s, DepthwisePlan p) {
   using BackTile = BackwardTile<T, WAY, V, K, S>;
   constexpr int LANES = BackTile::LANES, ROWS = BackTile::ROWS, COLS = BackTile::COLS, TAPS = K * K;
   constexpr int FILTERS = TAPS * WARP * LANES, SUMS = THREADS * LANES;
@@ -274,10 +281,11 @@ __global__ void __launch_bounds__(THREADS, 1) depthwise_conv2d_backward(T* __res
 
 // 32 values a block, 8 threads for each: every 8th part, then the 8 of them
 template <class T>
-__global__ void __launch_bounds__(THREADS, 1) finish_filters(T* __restrict__ d_weight,              // (O, 1, K, K)
-                                                             T* __restrict__ d_bias,                // (O)
-                                                             const float* __restrict__ partials,    // [parts][O][taps + 1]
-                                                             int64_t count, int taps, int64_t parts) {
+__global__ void __launch_bounds__(THREADS, 1)
+    finish_filters(T* __restrict__ d_weight,            // (O, 1, K, K)
+                   T* __restrict__ d_bias,              // (O)
+                   const float* __restrict__ partials,  // [parts][O][taps + 1]
+                   int64_t count, int taps, int64_t parts) {
   constexpr int ROWS = THREADS / WARP;
   __shared__ float shared[ROWS][WARP];
   const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP;
@@ -314,8 +322,8 @@ void with_tile(const DepthwiseShape& s, const DepthwisePlan& p, const F& f) {
 }
 
 template <class T>
-void launch_depthwise_conv2d(T* y, const T* x, const T* weight, const T* bias, const DepthwiseShape& s, Activation activation,
-                             cudaStream_t stream, const T* d_y = nullptr) {
+void launch_depthwise_conv2d(T* y, const T* x, const T* weight, const T* bias, const DepthwiseShape& s,
+                             Activation activation, cudaStream_t stream, const T* d_y = nullptr) {
   constexpr int WIDE = 16 / sizeof(T);
   const auto p = plan_depthwise(s, {sizeof(T), aligned_16(y, x, d_y)}, WIDE, false);
   with_tile<WIDE>(s, p, [&]<Way WAY, int V, int K, int S>() {
@@ -326,9 +334,9 @@ void launch_depthwise_conv2d(T* y, const T* x, const T* weight, const T* bias, c
 // `gradient` is memory for B*O*OH*OW values, not used where there is no activation; `memory(floats)` gives scratch memory.
 // Loads of 4 values: the filters and their sums of twice as many would not stay in registers.
 template <class T, class Memory>
-void launch_depthwise_conv2d_backward(T* d_x, T* d_weight, T* d_bias, const T* d_y, const T* x, const T* weight, const T* bias,
-                                      T* gradient, const DepthwiseShape& s, Activation activation, const Memory& memory,
-                                      cudaStream_t stream) {
+void launch_depthwise_conv2d_backward(T* d_x, T* d_weight, T* d_bias, const T* d_y, const T* x, const T* weight,
+                                      const T* bias, T* gradient, const DepthwiseShape& s, Activation activation,
+                                      const Memory& memory, cudaStream_t stream) {
   const T* g = d_y;
   if (activation != Activation::identity) {
     launch_depthwise_conv2d<T>(gradient, x, weight, bias, s, activation, stream, d_y);

@@ -27,12 +27,19 @@ inline DepthwiseShape depthwise_shape(int64_t B, int64_t C, int64_t H, int64_t W
 
 enum class Way { channels, columns, single };
 
-template <Way WAY, int V, int S, bool BACKWARD>
-struct Tile {
-  static constexpr int LANES = WAY == Way::channels ? V : 1;
-  static constexpr int ROWS = WAY == Way::single && !(BACKWARD && S == 2) ? 4 : 2;
-  static constexpr int COLS = WAY == Way::columns ? V : WAY == Way::channels || (BACKWARD && S == 2) ? 2 : 1;
-};
+// The larger a tile, the fewer loads a value, until the sums of its taps no longer stay in registers. Backward a tile is
+// made of input positions and covers whole strides.
+MF_HOST_DEVICE constexpr int tile_rows(Way way, int K, int S, bool backward) {
+  if (backward && S == 2) return 2;
+  if (K == 5) return backward ? 1 : 2;
+  if (way == Way::single) return 4;
+  return backward || S == 1 ? 2 : 1;
+}
+MF_HOST_DEVICE constexpr int tile_cols(Way way, int V, int K, int S, bool backward) {
+  if (way == Way::columns) return V;
+  if (backward && S == 2) return 2;
+  return way == Way::channels && !(backward && K == 5) ? 2 : 1;
+}
 
 struct DepthwisePlan {
   Way way;
@@ -47,12 +54,14 @@ inline DepthwisePlan plan_depthwise(const DepthwiseShape& s, Access access, int 
   const int64_t channels = backward ? s.C : s.O, height = backward ? s.H : s.OH, width = backward ? s.W : s.OW;
   widest = s.K == 3 ? widest : 1;  // 25 taps of several channels do not stay in registers
   const bool fits = access.aligned && widest > 1;
-  p.way = s.channels_last ? Way::channels : fits && s.W % widest == 0 && s.OW % widest == 0 ? Way::columns : Way::single;
-  p.vector = p.way == Way::columns || (s.channels_last && fits && channels % widest == 0 && !(backward && s.mult > 1)) ? widest : 1;
-  const bool square = backward && s.S == 2;
-  const int rows = p.way == Way::single && !square ? 4 : 2;
-  const int cols = p.way == Way::columns ? p.vector : p.way == Way::channels || square ? 2 : 1;
-  p.tile_rows = divide_up(height, rows), p.tile_cols = divide_up(width, cols);
+  p.way = s.channels_last                                   ? Way::channels
+          : fits && s.W % widest == 0 && s.OW % widest == 0 ? Way::columns
+                                                            : Way::single;
+  p.vector = p.way == Way::columns || (s.channels_last && fits && channels % widest == 0 && !(backward && s.mult > 1))
+                 ? widest
+                 : 1;
+  p.tile_rows = divide_up(height, tile_rows(p.way, s.K, s.S, backward));
+  p.tile_cols = divide_up(width, tile_cols(p.way, p.vector, s.K, s.S, backward));
   p.tiles = s.B * p.tile_rows * p.tile_cols;
   const int64_t columns = s.channels_last ? channels / p.vector : channels;
   p.channel_blocks = s.channels_last ? divide_up(columns, WARP) : columns;
@@ -95,19 +104,31 @@ struct Map {
   int64_t channels, height, width;
   bool channels_last;
   __device__ int64_t offset(int64_t b, int64_t c, int64_t h, int64_t w) const {
-    return channels_last ? ((b * height + h) * width + w) * channels + c : ((b * channels + c) * height + h) * width + w;
+    return channels_last ? ((b * height + h) * width + w) * channels + c
+                         : ((b * channels + c) * height + h) * width + w;
   }
 };
 
-// row[j] = columns first + j of row h, for the channels c ... of `folds` to one (mult where output lanes read an input,
-// else 1); zeros outside the map. MIDDLE columns from first + LEFT on are there, where WAY is columns, and aligned.
+// The channels of a map that a thread's lanes read: neighbours, or, where several outputs share an input, any
+template <int LANES>
+struct LaneChannels {
+  int64_t first;
+  int beyond[LANES];  // channel of a lane less `first`
+  bool neighbours;
+  __device__ LaneChannels(int64_t channel, int folds) : first(channel / folds), neighbours(folds == 1) {
+#pragma unroll
+    for (int i = 0; i < LANES; ++i) beyond[i] = neighbours ? i : int((channel + i) / folds - first);
+  }
+};
+
+// row[j] = columns first + j of row h; zeros outside the map. Where WAY is columns, MIDDLE columns from first + LEFT on
+// are there, and aligned.
 template <Way WAY, int V, int LEFT, int MIDDLE, class T, int LANES, int N>
-__device__ inline void load_row(float (&row)[N][LANES], const Map<const T>& map, int64_t b, int64_t c, int folds, int64_t h,
-                                int64_t first) {
-  const int64_t start = map.offset(b, folds == 1 ? c : 0, h, 0);
+__device__ inline void load_row(float (&row)[N][LANES], const Map<const T>& map, int64_t b,
+                                const LaneChannels<LANES>& lanes, int64_t h, int64_t first) {
+  const T* line = map.data + map.offset(b, lanes.first, h, 0);
   if constexpr (WAY == Way::columns) {
     constexpr int PACK = MIDDLE < V ? MIDDLE : V;
-    const T* line = map.data + (folds == 1 ? start : map.offset(b, c / folds, h, 0));
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       if (j >= LEFT && j < LEFT + MIDDLE) continue;
@@ -128,11 +149,11 @@ __device__ inline void load_row(float (&row)[N][LANES], const Map<const T>& map,
       const int64_t w = first + j;
       if (w < 0 || w >= map.width) {
         fill(row[j], 0);
-      } else if (folds == 1) {
-        load<LANES>(row[j], map.data + start + w * step);
+      } else if (LANES == 1 || lanes.neighbours) {
+        load<LANES>(row[j], line + w * step);
       } else {
 #pragma unroll
-        for (int i = 0; i < LANES; ++i) row[j][i] = to_float(map.data[map.offset(b, (c + i) / folds, h, w)]);
+        for (int i = 0; i < LANES; ++i) row[j][i] = to_float(line[w * step + lanes.beyond[i]]);
       }
     }
   }
@@ -141,7 +162,7 @@ __device__ inline void load_row(float (&row)[N][LANES], const Map<const T>& map,
 // weight[t] of this thread's channels: staged, since a channel's taps are neighbours in memory and not its lanes'
 template <int TAPS, int LANES, class T>
 __device__ inline void load_filters(float (&filters)[TAPS][LANES], const T* weight,  // (channels, 1, K, K)
-                                    float* shared,                                  // [TAPS * WARP * LANES]
+                                    float* shared,                                   // [TAPS * WARP * LANES]
                                     int64_t channels, const DepthwisePlan& p, const TileWalk& walk) {
   const int width = p.across * LANES;
   const int64_t first = walk.channel - threadIdx.x % p.across * LANES;

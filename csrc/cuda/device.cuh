@@ -84,7 +84,8 @@ __device__ inline void sum_lanes(float (&values)[N], int width = WARP) {
 
 __device__ inline float largest_of_lanes(float value) {
 #pragma unroll
-  for (int distance = WARP / 2; distance > 0; distance /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, distance));
+  for (int distance = WARP / 2; distance > 0; distance /= 2)
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, distance));
   return value;
 }
 
@@ -156,9 +157,10 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, 
 
 // target[i] = factor * sum over `parts` of partials[part][i]: the second stage of every sum over positions
 template <class T>
-__global__ void __launch_bounds__(THREADS, 1) sum_parts(T* target,              // [count]
-                                                     const float* partials,  // [outer][parts][inner], count = outer*inner
-                                                     int64_t count, int64_t inner, int64_t parts, float factor) {
+__global__ void __launch_bounds__(THREADS, 1)
+    sum_parts(T* target,              // [count]
+              const float* partials,  // [outer][parts][inner], count = outer*inner
+              int64_t count, int64_t inner, int64_t parts, float factor) {
   const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
 #ifdef MF_PLANT_OVERFLOW
   if (i > count) return;
@@ -176,7 +178,8 @@ __global__ void __launch_bounds__(THREADS, 1) sum_parts(T* target,              
 template <class T>
 void launch_sum_parts(T* target, const float* partials, int64_t outer, int64_t inner, int64_t parts, float factor,
                       cudaStream_t stream) {
-  launch(&sum_parts<T>, divide_up(outer * inner, THREADS), stream, target, partials, outer * inner, inner, parts, factor);
+  launch(&sum_parts<T>, divide_up(outer * inner, THREADS), stream, target, partials, outer * inner, inner, parts,
+         factor);
 }
 
 }  // namespace mf

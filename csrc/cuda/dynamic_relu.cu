@@ -10,8 +10,8 @@ Tensor dynamic_relu_fwd(Tensor x_in, Tensor theta_in) {
   const FeatureMap x = feature_map(x_in), y = call.new_map(x, x.channels, x.height, x.width);
   const Tensor theta = as_contiguous(theta_in);  // (B, 2C)
   with_dtype(x_in.scalar_type(), [&]<class T>() {
-    launch_dynamic_relu<T>(mutable_data<T>(y.tensor), data<T>(x.tensor), data<T>(theta), x.batch, x.channels, x.positions(),
-                           x.channels_last, call.stream());
+    launch_dynamic_relu<T>(mutable_data<T>(y.tensor), data<T>(x.tensor), data<T>(theta), x.batch, x.channels,
+                           x.positions(), x.channels_last, call.stream());
   });
   call.check_launches();
   return y.tensor;
@@ -25,8 +25,8 @@ std::tuple<Tensor, Tensor> dynamic_relu_bwd(Tensor d_y_in, Tensor x_in, Tensor t
   const Tensor d_theta = call.new_tensor({x.batch, 2 * x.channels}, theta.scalar_type());
   with_dtype(x_in.scalar_type(), [&]<class T>() {
     launch_dynamic_relu_backward<T>(mutable_data<T>(d_x.tensor), mutable_data<T>(d_theta), data<T>(d_y.tensor),
-                                    data<T>(x.tensor), data<T>(theta), x.batch, x.channels, x.positions(), x.channels_last,
-                                    call, call.stream());
+                                    data<T>(x.tensor), data<T>(theta), x.batch, x.channels, x.positions(),
+                                    x.channels_last, call, call.stream());
   });
   call.check_launches();
   return {d_x.tensor, d_theta};

@@ -22,14 +22,16 @@ struct DynamicReluPlan {
   int64_t column_blocks, parts, rows_per_part, blocks;
 };
 
-inline DynamicReluPlan plan_dynamic_relu(int64_t B, int64_t C, int64_t L, Access access, bool channels_last, bool backward) {
+inline DynamicReluPlan plan_dynamic_relu(int64_t B, int64_t C, int64_t L, Access access, bool channels_last,
+                                         bool backward) {
   DynamicReluPlan p{channels_last, 1, C, L, 1, 1, 1, 1, 1, 0};
   const int widest = 16 / access.bytes;
   if (channels_last) {
     int common = widest;  // greatest common divisor of C and V, both positive
     while (C % common != 0) common /= 2;
     const int64_t run = widest / common;
-    if (access.aligned && L % run == 0 && (run == 1 || C / common <= THREADS)) p.vector = widest, p.run = run, p.columns = C / common, p.rows = L / run;
+    if (access.aligned && L % run == 0 && (run == 1 || C / common <= THREADS))
+      p.vector = widest, p.run = run, p.columns = C / common, p.rows = L / run;
     p.column_blocks = divide_up(p.columns, THREADS);
     p.across = int(divide_up(p.columns, p.column_blocks));
     const int64_t slots = THREADS / p.across, outer = B * p.column_blocks;
@@ -68,7 +70,8 @@ __device__ inline float slope2_of(const T* theta, int64_t b, int64_t c, int64_t 
 }
 
 // d_x of one value; adds its share of the slopes' gradients
-__device__ inline float dynamic_relu_gradient(float x, float d_y, float slope1, float slope2, float& d_slope1, float& d_slope2) {
+__device__ inline float dynamic_relu_gradient(float x, float d_y, float slope1, float slope2, float& d_slope1,
+                                              float& d_slope2) {
   const float share = first_line_share(slope1 * x, slope2 * x);
   const float gradient1 = d_y * share, gradient2 = d_y - gradient1;
   d_slope1 += gradient1 * x;
@@ -79,9 +82,9 @@ __device__ inline float dynamic_relu_gradient(float x, float d_y, float slope1, 
 // Contiguous: four loads a thread, anywhere in the run of all values
 template <class T, int V>
 __global__ void __launch_bounds__(THREADS, 1) dynamic_relu_flat(T* __restrict__ y,            // (B, C, L)
-                                                             const T* __restrict__ x,      // (B, C, L)
-                                                             const T* __restrict__ theta,  // (B, 2C)
-                                                             int64_t C, int64_t L, int64_t total) {
+                                                                const T* __restrict__ x,      // (B, C, L)
+                                                                const T* __restrict__ theta,  // (B, 2C)
+                                                                int64_t C, int64_t L, int64_t total) {
   const int64_t first = (int64_t(blockIdx.x) * THREADS * 4 + threadIdx.x) * V;
   Pack<T, V> loaded[4];
 #pragma unroll
@@ -129,9 +132,9 @@ struct RowWalk {
 
 template <class T, int V>
 __global__ void __launch_bounds__(THREADS, 1) dynamic_relu_rows(T* __restrict__ y,            // (B, L, C)
-                                                             const T* __restrict__ x,      // (B, L, C)
-                                                             const T* __restrict__ theta,  // (B, 2C)
-                                                             int64_t C, int64_t L, DynamicReluPlan p) {
+                                                                const T* __restrict__ x,      // (B, L, C)
+                                                                const T* __restrict__ theta,  // (B, 2C)
+                                                                int64_t C, int64_t L, DynamicReluPlan p) {
   const RowWalk walk(p);
   if (!walk.active) return;
   float slope1[V], slope2[V];
@@ -180,13 +183,14 @@ __device__ inline void leave_slopes(T* d_theta, const T* theta, float* partials,
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(THREADS, 1) dynamic_relu_rows_backward(T* __restrict__ d_x,          // (B, L, C)
-                                                                      T* __restrict__ d_theta,      // (B, 2C)
-                                                                      float* __restrict__ partials,  // [B][parts][2C]
-                                                                      const T* __restrict__ d_y,    // (B, L, C)
-                                                                      const T* __restrict__ x,      // (B, L, C)
-                                                                      const T* __restrict__ theta,  // (B, 2C)
-                                                                      int64_t C, int64_t L, DynamicReluPlan p) {
+__global__ void __launch_bounds__(THREADS, 1)
+    dynamic_relu_rows_backward(T* __restrict__ d_x,           // (B, L, C)
+                               T* __restrict__ d_theta,       // (B, 2C)
+                               float* __restrict__ partials,  // [B][parts][2C]
+                               const T* __restrict__ d_y,     // (B, L, C)
+                               const T* __restrict__ x,       // (B, L, C)
+                               const T* __restrict__ theta,   // (B, 2C)
+                               int64_t C, int64_t L, DynamicReluPlan p) {
   __shared__ float sums[2][THREADS * V];
   const RowWalk walk(p);
   float slope1[V], slope2[V], d_slope1[V], d_slope2[V];
@@ -240,14 +244,14 @@ __global__ void __launch_bounds__(THREADS, 1) dynamic_relu_rows_backward(T* __re
 
 // Contiguous: `across` lanes walk the loads that a plane touches; the first and the last may reach into its neighbours
 template <class T, int V>
-__global__ void __launch_bounds__(THREADS, 1) dynamic_relu_planes_backward(T* __restrict__ d_x,          // (B, C, L)
-                                                                        T* __restrict__ d_theta,      // (B, 2C)
-                                                                        float* __restrict__ partials,  // [B][parts][2C]
-                                                                        const T* __restrict__ d_y,    // (B, C, L)
-                                                                        const T* __restrict__ x,      // (B, C, L)
-                                                                        const T* __restrict__ theta,  // (B, 2C)
-                                                                        int64_t planes, int64_t C, int64_t L,
-                                                                        DynamicReluPlan p) {
+__global__ void __launch_bounds__(THREADS, 1)
+    dynamic_relu_planes_backward(T* __restrict__ d_x,           // (B, C, L)
+                                 T* __restrict__ d_theta,       // (B, 2C)
+                                 float* __restrict__ partials,  // [B][parts][2C]
+                                 const T* __restrict__ d_y,     // (B, C, L)
+                                 const T* __restrict__ x,       // (B, C, L)
+                                 const T* __restrict__ theta,   // (B, 2C)
+                                 int64_t planes, int64_t C, int64_t L, DynamicReluPlan p) {
   __shared__ float sums[2][THREADS / WARP];
   const int64_t group = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
   const int64_t plane = group * (THREADS / p.across) + threadIdx.x / p.across;
@@ -262,7 +266,8 @@ __global__ void __launch_bounds__(THREADS, 1) dynamic_relu_planes_backward(T* __
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const int64_t at = (i + u * p.across) * V;
-        if (i + u * p.across < last && at + V <= total) loaded[u] = load_pack<V>(x + at), loaded_d[u] = load_pack<V>(d_y + at);
+        if (i + u * p.across < last && at + V <= total)
+          loaded[u] = load_pack<V>(x + at), loaded_d[u] = load_pack<V>(d_y + at);
       }
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
@@ -292,10 +297,10 @@ __global__ void __launch_bounds__(THREADS, 1) dynamic_relu_planes_backward(T* __
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 1) finish_slopes(T* __restrict__ d_theta,            // (B, 2C)
-                                                         const float* __restrict__ partials,  // [B][parts][2C]
-                                                         const T* __restrict__ theta,        // (B, 2C)
-                                                         int64_t count, int64_t width, int64_t parts) {
+__global__ void __launch_bounds__(THREADS, 1) finish_slopes(T* __restrict__ d_theta,             // (B, 2C)
+                                                            const float* __restrict__ partials,  // [B][parts][2C]
+                                                            const T* __restrict__ theta,         // (B, 2C)
+                                                            int64_t count, int64_t width, int64_t parts) {
   const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
   if (i >= count) return;
   const int64_t b = divide(i, width);
@@ -312,7 +317,8 @@ void launch_dynamic_relu(T* y, const T* x, const T* theta, int64_t B, int64_t C,
   if (channels_last) {
     launch(p.vector == V ? &dynamic_relu_rows<T, V> : &dynamic_relu_rows<T, 1>, p.blocks, stream, y, x, theta, C, L, p);
   } else {
-    launch(p.vector == V ? &dynamic_relu_flat<T, V> : &dynamic_relu_flat<T, 1>, p.blocks, stream, y, x, theta, C, L, B * C * L);
+    launch(p.vector == V ? &dynamic_relu_flat<T, V> : &dynamic_relu_flat<T, 1>, p.blocks, stream, y, x, theta, C, L,
+           B * C * L);
   }
 }
 
@@ -327,11 +333,12 @@ void launch_dynamic_relu_backward(T* d_x, T* d_theta, const T* d_y, const T* x, 
     launch(p.vector == V ? &dynamic_relu_rows_backward<T, V> : &dynamic_relu_rows_backward<T, 1>, p.blocks, stream, d_x,
            d_theta, partials, d_y, x, theta, C, L, p);
   } else {
-    launch(p.vector == V ? &dynamic_relu_planes_backward<T, V> : &dynamic_relu_planes_backward<T, 1>, p.blocks, stream, d_x,
-           d_theta, partials, d_y, x, theta, B * C, C, L, p);
+    launch(p.vector == V ? &dynamic_relu_planes_backward<T, V> : &dynamic_relu_planes_backward<T, 1>, p.blocks, stream,
+           d_x, d_theta, partials, d_y, x, theta, B * C, C, L, p);
   }
   if (p.parts > 1) {
-    launch(&finish_slopes<T>, divide_up(B * 2 * C, THREADS), stream, d_theta, partials, theta, B * 2 * C, 2 * C, p.parts);
+    launch(&finish_slopes<T>, divide_up(B * 2 * C, THREADS), stream, d_theta, partials, theta, B * 2 * C, 2 * C,
+           p.parts);
   }
 }
 

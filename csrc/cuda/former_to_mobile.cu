@@ -16,7 +16,8 @@ Tensor former_to_mobile_fwd(Tensor x_in, Tensor k_in, Tensor v_in, int64_t num_h
   const Tensor k = as_contiguous(k_in), v = as_contiguous(v_in);  // (B, M, C)
   const AttentionShape shape = shape_of(x, k, num_heads);
   with_dtype(x_in.scalar_type(), [&]<class T>() {
-    launch_former_to_mobile<T>(mutable_data<T>(y.tensor), data<T>(x.tensor), data<T>(k), data<T>(v), shape, call.stream());
+    launch_former_to_mobile<T>(mutable_data<T>(y.tensor), data<T>(x.tensor), data<T>(k), data<T>(v), shape,
+                               call.stream());
   });
   call.check_launches();
   return y.tensor;

@@ -12,10 +12,10 @@ namespace mf {
 
 template <class T, int V, int M>
 __global__ void __launch_bounds__(THREADS, 1) former_to_mobile_channels(T* __restrict__ y,        // (B, L, C)
-                                                                     const T* __restrict__ x,  // (B, L, C)
-                                                                     const T* __restrict__ k,  // (B, M, C)
-                                                                     const T* __restrict__ v,  // (B, M, C)
-                                                                     AttentionShape s, AttentionPlan p) {
+                                                                        const T* __restrict__ x,  // (B, L, C)
+                                                                        const T* __restrict__ k,  // (B, M, C)
+                                                                        const T* __restrict__ v,  // (B, M, C)
+                                                                        AttentionShape s, AttentionPlan p) {
   constexpr int UNROLL = 4;
   const ChannelLane lane(s, p);
   float keys[M][V], values[M][V];
@@ -110,20 +110,22 @@ __device__ inline void softmax_of_positions(float (&scores)[M][V], int count) {
 }
 
 template <class T, int V, int M>
-__global__ void __launch_bounds__(THREADS, 1) former_to_mobile_positions(T* __restrict__ y,        // (B, C, L) in any strides
-                                                                      const T* __restrict__ x,  // like y
-                                                                      const T* __restrict__ k,  // (B, M, C)
-                                                                      const T* __restrict__ v,  // (B, M, C)
-                                                                      AttentionShape s, AttentionPlan p) {
+__global__ void __launch_bounds__(THREADS, 1) former_to_mobile_positions(T* __restrict__ y,  // (B, C, L) in any strides
+                                                                         const T* __restrict__ x,  // like y
+                                                                         const T* __restrict__ k,  // (B, M, C)
+                                                                         const T* __restrict__ v,  // (B, M, C)
+                                                                         AttentionShape s, AttentionPlan p) {
   __shared__ TokenColumn<M> columns[CHUNK];
   __shared__ float shared[THREADS * V];
   const PositionLane lane(s, p);
   float weights[M][V];
 #pragma unroll
   for (int m = 0; m < M; ++m) fill(weights[m], 0);
-  for_channels(
+  for_channels<4>(
       s, lane,
-      [&](int64_t first, int count) { stage_tokens<T, M>(columns, k, s, lane.b, first, count, s.scale * float(LOG2_E)); },
+      [&](int64_t first, int count) {
+        stage_tokens<T, M>(columns, k, s, lane.b, first, count, s.scale * float(LOG2_E));
+      },
       [&](int e, int64_t at, int) {
         const TokenColumn<M> key = columns[e];
         float here[V];
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(THREADS, 1) former_to_mobile_positions(T* __re
       });
   sum_slices(weights, shared, lane, p);
   softmax_of_positions(weights, s.M);
-  for_channels(
+  for_channels<2>(
       s, lane, [&](int64_t first, int count) { stage_tokens<T, M>(columns, v, s, lane.b, first, count, 1); },
       [&](int e, int64_t at, int) {
         if (!lane.active) return;
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   float weights[M][V], d_scores[M][V];
 #pragma unroll
   for (int m = 0; m < M; ++m) fill(weights[m], 0), fill(d_scores[m], 0);
-  for_channels(s, lane, stage, [&](int e, int64_t at, int) {
+  for_channels<4>(s, lane, stage, [&](int e, int64_t at, int) {
     const TokenColumn<M> key = key_columns[e], value = value_columns[e];
     float here[V], gradient[V];
     load_if(here, x + at, lane.active), load_if(gradient, d_y + at, lane.active);
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int m = 0; m < M; ++m) d_scores[m][i] = weights[m][i] * (d_scores[m][i] - mean);
   }
-  for_channels(s, lane, stage, [&](int e, int64_t at, int in_head) {
+  for_channels<2>(s, lane, stage, [&](int e, int64_t at, int in_head) {
     const TokenColumn<M> key = key_columns[e];
     constexpr int PADDED = TokenColumn<M>::PADDED;
     float here[V], gradient[V], d_key[PADDED], d_value[PADDED];
@@ -237,10 +239,12 @@ void launch_former_to_mobile_backward(T* d_x, T* d_k, T* d_v, const T* d_y, cons
   with_width<4>(p, [&]<int V, int M>() {
     if constexpr (V > 1) {
       if (p.channel_lanes) {
-        return launch(&former_to_mobile_channels_backward<T, V, M>, p.blocks, stream, d_x, d_k_parts, d_v_parts, d_y, x, k, v, s, p);
+        return launch(&former_to_mobile_channels_backward<T, V, M>, p.blocks, stream, d_x, d_k_parts, d_v_parts, d_y, x,
+                      k, v, s, p);
       }
     }
-    launch(&former_to_mobile_positions_backward<T, V, M>, p.blocks, stream, d_x, d_k_parts, d_v_parts, d_y, x, k, v, s, p);
+    launch(&former_to_mobile_positions_backward<T, V, M>, p.blocks, stream, d_x, d_k_parts, d_v_parts, d_y, x, k, v, s,
+           p);
   });
   launch_sum_parts(d_k, d_k_parts, s.B, rows, p.parts, s.scale, stream);
   launch_sum_parts(d_v, d_v_parts, s.B, rows, p.parts, 1.0f, stream);

@@ -18,8 +18,8 @@ std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_
   const Tensor out = call.new_tensor({shape.B, shape.M, shape.C}, q.scalar_type());
   const Tensor log_sum_exp = call.new_tensor({shape.B, shape.N, shape.M}, torch::headeronly::ScalarType::Float);
   with_dtype(x_in.scalar_type(), [&]<class T>() {
-    launch_mobile_to_former<T>(mutable_data<T>(out), mutable_data<float>(log_sum_exp), data<T>(x.tensor), data<T>(q), shape,
-                               call, call.stream());
+    launch_mobile_to_former<T>(mutable_data<T>(out), mutable_data<float>(log_sum_exp), data<T>(x.tensor), data<T>(q),
+                               shape, call, call.stream());
   });
   call.check_launches();
   return {out, log_sum_exp};
@@ -34,8 +34,9 @@ std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Te
   const AttentionShape shape = shape_of(x, q, num_heads);
   const Tensor d_q = call.new_tensor({shape.B, shape.M, shape.C}, q.scalar_type());
   with_dtype(x_in.scalar_type(), [&]<class T>() {
-    launch_mobile_to_former_backward<T>(mutable_data<T>(d_x.tensor), mutable_data<T>(d_q), data<T>(d_out), data<T>(x.tensor),
-                                        data<T>(q), data<T>(out), data<float>(log_sum_exp), shape, call, call.stream());
+    launch_mobile_to_former_backward<T>(mutable_data<T>(d_x.tensor), mutable_data<T>(d_q), data<T>(d_out),
+                                        data<T>(x.tensor), data<T>(q), data<T>(out), data<float>(log_sum_exp), shape,
+                                        call, call.stream());
   });
   call.check_launches();
   return {d_x.tensor, d_q};

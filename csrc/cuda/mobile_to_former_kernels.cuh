@@ -27,9 +27,9 @@ __device__ inline int64_t part_row(const AttentionShape& s, const AttentionPlan&
 
 template <class T, int V, int M>
 __global__ void __launch_bounds__(THREADS, 1) mobile_to_former_channels(SoftmaxParts parts,
-                                                                     const T* __restrict__ x,  // (B, L, C)
-                                                                     const T* __restrict__ q,  // (B, M, C)
-                                                                     AttentionShape s, AttentionPlan p) {
+                                                                        const T* __restrict__ x,  // (B, L, C)
+                                                                        const T* __restrict__ q,  // (B, M, C)
+                                                                        AttentionShape s, AttentionPlan p) {
   constexpr int UNROLL = 4;
   __shared__ float shared[THREADS * V];
   __shared__ float of_groups[2][THREADS][M];  // maxima, sums
@@ -108,10 +108,11 @@ __global__ void __launch_bounds__(THREADS, 1) mobile_to_former_channels(SoftmaxP
 }
 
 template <class T, int V, int M>
-__global__ void __launch_bounds__(THREADS, 1) mobile_to_former_positions(SoftmaxParts parts,
-                                                                      const T* __restrict__ x,  // (B, C, L) in any strides
-                                                                      const T* __restrict__ q,  // (B, M, C)
-                                                                      AttentionShape s, AttentionPlan p) {
+__global__ void __launch_bounds__(THREADS, 1)
+    mobile_to_former_positions(SoftmaxParts parts,
+                               const T* __restrict__ x,  // (B, C, L) in any strides
+                               const T* __restrict__ q,  // (B, M, C)
+                               AttentionShape s, AttentionPlan p) {
   constexpr int PADDED = TokenColumn<M>::PADDED;
   __shared__ TokenColumn<M> columns[CHUNK];
   __shared__ float shared[THREADS * V];
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(THREADS, 1) mobile_to_former_positions(Softmax
   float weights[M][V], totals[PADDED];
 #pragma unroll
   for (int m = 0; m < M; ++m) fill(weights[m], 0);
-  for_channels(s, lane, stage, [&](int e, int64_t at, int) {
+  for_channels<4>(s, lane, stage, [&](int e, int64_t at, int) {
     const TokenColumn<M> query = columns[e];
     float here[V];
     load_if(here, x + at, lane.active);
@@ -152,24 +153,26 @@ __global__ void __launch_bounds__(THREADS, 1) mobile_to_former_positions(Softmax
   const int m_of_lane = lane.lane / (WARP / PADDED);
   if (lane.slice == 0 && lane.lane % (WARP / PADDED) == 0 && m_of_lane < s.M) parts.total[row + m_of_lane] = total;
 
-  for_channels(s, lane, [](int64_t, int) {}, [&](int, int64_t at, int in_head) {
-    float here[V], sums[PADDED];
-    load_if(here, x + at, lane.active);
-    fill(sums, 0);
+  for_channels<2>(
+      s, lane, [](int64_t, int) {},
+      [&](int, int64_t at, int in_head) {
+        float here[V], sums[PADDED];
+        load_if(here, x + at, lane.active);
+        fill(sums, 0);
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
+        for (int m = 0; m < M; ++m) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) sums[m] += weights[m][i] * here[i];
-    }
-    leave_lane_sums(parts.gathered, sums, s, p, lane, lane.channel + in_head);
-  });
+          for (int i = 0; i < V; ++i) sums[m] += weights[m][i] * here[i];
+        }
+        leave_lane_sums(parts.gathered, sums, s, p, lane, lane.channel + in_head);
+      });
 }
 
 // One thread for each value of out; the parts of a head share the maximum that the exponents are taken from
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1) merge_parts(T* __restrict__ out,              // (B, M, C)
-                                                       float* __restrict__ log_sum_exp,  // (B, N, M), natural
-                                                       SoftmaxParts parts, AttentionShape s, AttentionPlan p) {
+                                                          float* __restrict__ log_sum_exp,  // (B, N, M), natural
+                                                          SoftmaxParts parts, AttentionShape s, AttentionPlan p) {
   const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
   if (i >= s.B * s.M * s.C) return;
   const int64_t sample_token = divide(i, s.C), c = i - sample_token * s.C, b = sample_token / s.M;
@@ -274,7 +277,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   float weights[M][V], d_scores[M][V];
 #pragma unroll
   for (int m = 0; m < M; ++m) fill(weights[m], 0), fill(d_scores[m], 0);
-  for_channels(s, lane, stage, [&](int e, int64_t at, int) {  // its barriers order `delta` too
+  for_channels<4>(s, lane, stage, [&](int e, int64_t at, int) {  // its barriers order `delta` too
     const TokenColumn<M> query = query_columns[e], gradient = d_out_columns[e];
     float here[V];
     load_if(here, x + at, lane.active);
@@ -294,7 +297,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       d_scores[m][i] = m < s.M ? weights[m][i] * (d_scores[m][i] - delta[m]) : 0.0f;
     }
   }
-  for_channels(s, lane, stage, [&](int e, int64_t at, int in_head) {
+  for_channels<2>(s, lane, stage, [&](int e, int64_t at, int in_head) {
     const TokenColumn<M> query = query_columns[e], d_out_column = d_out_columns[e];
     float here[V], gradient[V], d_query[PADDED];
     load_if(here, x + at, lane.active);
@@ -314,8 +317,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // `memory(floats)` gives scratch memory
 template <class T, class Memory>
-void launch_mobile_to_former(T* out, float* log_sum_exp, const T* x, const T* q, const AttentionShape& s, const Memory& memory,
-                             cudaStream_t stream) {
+void launch_mobile_to_former(T* out, float* log_sum_exp, const T* x, const T* q, const AttentionShape& s,
+                             const Memory& memory, cudaStream_t stream) {
   constexpr int WIDE = 16 / sizeof(T);
   const auto p = plan_attention(s, {sizeof(T), aligned_16(x)}, WIDE);
   const int64_t rows = s.B * p.parts * s.N * s.M;
@@ -343,7 +346,8 @@ void launch_mobile_to_former_backward(T* d_x, T* d_q, const T* d_out, const T* x
                       log_sum_exp, s, p);
       }
     }
-    launch(&mobile_to_former_positions_backward<T, V, M>, p.blocks, stream, d_x, d_q_parts, d_out, x, q, out, log_sum_exp, s, p);
+    launch(&mobile_to_former_positions_backward<T, V, M>, p.blocks, stream, d_x, d_q_parts, d_out, x, q, out,
+           log_sum_exp, s, p);
   });
   launch_sum_parts(d_q, d_q_parts, s.B, int64_t(s.M) * s.C, p.parts, s.scale, stream);
 }

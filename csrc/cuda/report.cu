@@ -35,7 +35,8 @@ extern "C" __attribute__((visibility("default"))) const char* mf_kernels_cuda_re
     const uint64_t n = calls[k].load(std::memory_order_relaxed);
     if (n > 0) append(served, std::string("\"") + KERNEL_NAMES[k] + ":native:cuda\": " + std::to_string(n));
   }
-  for (const int architecture : ARCHITECTURES) append(architectures, "\"sm_" + std::to_string(architecture / 10) + "\"");
+  for (const int architecture : ARCHITECTURES)
+    append(architectures, "\"sm_" + std::to_string(architecture / 10) + "\"");
   text = "{\"calls\": {" + served + "}, \"architectures\": [" + architectures + "]}";
   return text.c_str();
 }
