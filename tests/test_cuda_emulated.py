@@ -86,7 +86,8 @@ def with_saved_exponents(
 def test_kernels_against_float64(case: testing.Case, dtype: torch.dtype) -> None:
     expected = testing.expectation(case, dtype)
     allowed = with_saved_exponents(case, dtype, expected)
-    for layout in LAYOUTS:
+    # Without alignment every dtype takes the same way, one value a load
+    for layout in LAYOUTS if dtype == torch.float32 else LAYOUTS[:2]:
         for name, actual in emulator_support.evaluate(case, dtype, layout).items():
             testing.assert_close(f"{layout}: {name}", actual, expected.truth[name], allowed[name], dtype)
 

@@ -46,7 +46,7 @@ def mobile_to_former(x: Tensor, q: Tensor, *, num_heads: int = 2) -> Tensor:
 
 
 def _forward_fake(x: Tensor, q: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """What backward needs of the softmax: its log-sum-exp (B, N, M) on CUDA; on CPU largest score and sum, (B, N, M, 2)."""
+    """With what backward needs: log-sum-exp (B, N, M) on CUDA, largest score and sum (B, N, M, 2) on CPU."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = (q.shape[0], num_heads, q.shape[1], 2) if x.device.type == "cpu" else (q.shape[0], num_heads, q.shape[1])
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(shape, dtype=dtype)
