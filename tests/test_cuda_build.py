@@ -1,0 +1,152 @@
+"""The CUDA library where nvcc is, GPU or not: it builds for both generations, nothing spills, loads are 16 bytes wide."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emulator_support
+import pytest
+import torch
+from kernel_support import OPS, python
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_NVCC = "" if emulator_support.cuda_home() else "no nvcc"
+pytestmark = pytest.mark.skipif(bool(NO_NVCC), reason=NO_NVCC)
+
+
+def _load_script():
+    spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "benchmarks" / "cuda_resources.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_resources = _load_script()
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """The library and its table, built once for every state of its sources."""
+    digest = hashlib.sha256(torch.__version__.encode() + cuda_resources.nvcc_release().encode())
+    for path in sorted([ROOT / "setup.py", *ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/common/*")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = ROOT / "build" / "cuda" / digest.hexdigest()[:16]
+    if not (folder / "table.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        table = cuda_resources.make_table(folder)
+        (folder / "table.json").write_text(cuda_resources.to_text(table))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(built: Path) -> dict:
+    return json.loads((built / "table.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def library(built: Path) -> Path:
+    return built / "lib" / "mf_kernels" / "_cuda.so"
+
+
+def test_every_kernel_is_compiled_for_both_generations_and_spills_nothing(table: dict) -> None:
+    kernels = {arch: {row["kernel"] for row in table["kernels"] if row["arch"] == arch} for arch in ("sm_80", "sm_90")}
+    assert kernels["sm_80"] == kernels["sm_90"]
+    for op in OPS:
+        assert any(kernel.startswith(op) and "backward" in kernel for kernel in kernels["sm_90"])
+    assert [row for row in table["kernels"] if row["spill_bytes"] > 0] == []
+    assert max(row["registers"] for row in table["kernels"]) <= 255
+    assert max(row["shared_bytes"] for row in table["kernels"]) <= 48 * 1024
+
+
+def test_the_committed_table_is_current(table: dict) -> None:
+    committed = json.loads(cuda_resources.TABLE.read_text())
+    if committed["nvcc"] != table["nvcc"]:
+        pytest.skip(f"the table is of nvcc {committed['nvcc']}, here is {table['nvcc']}")
+    assert table == committed, "run python benchmarks/cuda_resources.py"
+
+
+def test_maps_move_16_bytes_at_a_time(table: dict) -> None:
+    """The kernels for aligned maps in both layouts; 4 values of half precision, where more would spill, are 8 bytes."""
+    seen = set()
+    for row in table["kernels"]:
+        kernel = re.fullmatch(r"(\w+)<(\w+), (?:(\d), )?(\d+)(?:, \d)?(?:, \d)?>", row["kernel"])
+        if kernel is None or row["kernel"].startswith(("sum_", "merge_", "finish_")):
+            continue
+        name, dtype, _, values = kernel.groups()
+        if row["kernel"].startswith("depthwise") and values == "1":
+            continue
+        bits = int(values) * (32 if dtype == "float" else 16)
+        if int(values) == 1:
+            continue
+        seen.add((name, bits))
+        assert row["load_bits"] >= bits, row
+        if not name.startswith("mobile_to_former") or "backward" in name:  # its result is the tokens'
+            assert row["store_bits"] >= bits, row
+    wide = {name for name, bits in seen if bits == 128}
+    streaming = {"dynamic_relu_rows", "dynamic_relu_flat", "dynamic_relu_rows_backward", "dynamic_relu_planes_backward"}
+    attention = {f"{op}_{way}{b}" for op in OPS[:2] for way in ("channels", "positions") for b in ("", "_backward")}
+    assert wide == streaming | attention | {"depthwise_conv2d", "depthwise_conv2d_backward"}
+
+
+def test_the_library_holds_machine_code_of_both_generations(library: Path) -> None:
+    bundled = importlib.util.find_spec("triton")
+    beside = Path(bundled.origin).parent / "backends" / "nvidia" / "bin" if bundled else None
+    cuobjdump = shutil.which("cuobjdump") or (shutil.which("cuobjdump", path=str(beside)) if beside else None)
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump, neither CUDA's nor Triton's")
+    listed = subprocess.run([cuobjdump, "--list-elf", library], capture_output=True, text=True, check=True).stdout
+    assert {"sm_80", "sm_90"} == set(re.findall(r"sm_\d+", listed))
+    ptx = subprocess.run([cuobjdump, "--list-ptx", library], capture_output=True, text=True, check=True).stdout
+    assert {"sm_90"} == set(re.findall(r"sm_\d+", ptx))
+
+
+def test_the_library_fills_every_slot_and_needs_the_stable_interface_only(library: Path) -> None:
+    content = library.read_bytes()
+    for op in OPS:
+        assert f"{op}_fwd.native".encode() in content
+        assert f"{op}_bwd.native".encode() in content
+    symbols = subprocess.run(["nm", "--dynamic", "-C", library], capture_output=True, text=True, check=True).stdout
+    assert " T mf_kernels_cuda_report" in symbols
+    undefined = [line for line in symbols.splitlines() if " U " in line]
+    assert [line for line in undefined if re.search(r" (_?Py|c10::|at::)", line)] == []
+    if audit := shutil.which(
+        "torch-abi-audit", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    ):
+        done = subprocess.run([audit, "--check", "torch", library.parent], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is for CUDA: the library loads")
+def test_beside_torch_for_the_cpu_the_status_says_why_it_cannot_load(library: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "mf_kernels", tmp_path / "mf_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(library, tmp_path / "mf_kernels" / "_cuda.so")
+    code = "import mf_kernels.__main__ as m; import sys; sys.argv = ['mf_kernels']; m.main()"
+    done = python(code, package=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if re.match(r"\w+ +cuda +native", line)]
+    assert len(rows) == len(OPS)
+    assert all("_cuda.so does not load: built with torch" in row for row in rows)
+
+
+def test_calls_are_counted_on_the_host(tmp_path: Path) -> None:
+    """report.cu is host code: compiled alone, it counts and reports as record_kernels reads it."""
+    target = tmp_path / "report.so"
+    command = ["g++", "-std=c++20", "-fPIC", "-shared", "-x", "c++", "-D__CUDA_ARCH_LIST__=800,900"]
+    emulator_support.run(*command, "-I", str(ROOT / "csrc"), str(ROOT / "csrc/cuda/report.cu"), "-o", str(target))
+    library = ctypes.CDLL(str(target))
+    library.mf_kernels_cuda_report.restype = ctypes.c_char_p
+    assert json.loads(library.mf_kernels_cuda_report()) == {"calls": {}, "architectures": ["sm_80", "sm_90"]}
+    count = getattr(library, "_ZN2mf12count_servedENS_6KernelE")
+    for kernel in (4, 4, 7):
+        count(kernel)
+    calls = json.loads(library.mf_kernels_cuda_report())["calls"]
+    assert calls == {"dynamic_relu_fwd:native:cuda": 2, "depthwise_conv2d_bwd:native:cuda": 1}
