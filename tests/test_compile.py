@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from kernel_support import OPS, SMALL, native
 from torch import Tensor, nn
 
@@ -15,8 +17,14 @@ from mf_kernels import KernelFallbackWarning, _native, record_kernels, testing, 
 
 
 @pytest.fixture(autouse=True)
-def _forget_graphs() -> None:
+def _no_graph_of_another_test() -> Iterator[None]:
+    """Neither in memory nor on disk, where it would outlive a change of the operators."""
     torch.compiler.reset()
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
 
 
 def overload(op: str, direction: str) -> Callable[..., object]:

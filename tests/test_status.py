@@ -52,7 +52,7 @@ def test_triton_on_the_cpu_needs_its_interpreter() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_cuda_device_every_row_says_so() -> None:
     for row in rows("cuda", "native") + rows("cuda", "triton"):
-        assert row["reason"] == "this machine has no CUDA device"
+        assert row["reason"].startswith("this machine has no CUDA device")
 
 
 def test_the_instruction_set_in_use_is_told(isa: str) -> None:
