@@ -166,8 +166,8 @@ void linear(float* y, const float* x, const LinearLayer& layer, int64_t R) {
 std::vector<Tensor> token_side(Tensor tokens_in, Tensor gathered_in, std::vector<Tensor> parameters_in,
                                int64_t num_heads, double eps) {
   const Tensor tokens = as_contiguous(tokens_in), gathered_map = as_contiguous(gathered_in);  // (B, M, D), (B, M, C)
-  const TokenSideParameters p(parameters_in, float(eps));
   const int64_t B = tokens.size(0), M = tokens.size(1), D = tokens.size(2), R = B * M, C = gathered_map.size(2);
+  const TokenSideParameters p(parameters_in, D, C, float(eps));
   count_served(Kernel::token_side);
   const auto dtype = tokens.scalar_type();
   const Tensor updated = new_tensor({B, M, D}, dtype);
