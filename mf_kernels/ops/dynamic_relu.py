@@ -56,6 +56,7 @@ def dynamic_relu_(x: Tensor, theta: Tensor) -> Tensor:
     _checks.feature_map(NAME, x)
     _checks.companion(NAME, "theta", theta, x, (x.shape[0], 2 * x.shape[1]), "(B, 2C)")
     _IN_PLACE["native"](x, theta)
+    torch.autograd.graph.increment_version(x)  # or a gradient that needs the old x would not notice
     return x
 
 

@@ -33,7 +33,7 @@ def fold_batch_norm(
         torch.is_grad_enabled()
         or weight.device.type != "cpu"
         or weight.dtype not in (torch.float32, torch.float64)
-        or norm_weight.dtype != weight.dtype
+        or not weight.dtype == norm_weight.dtype == norm_bias.dtype == mean.dtype == variance.dtype
         or _registry.helper_missing(NAME, "cpu")
     ):
         scale = norm_weight * torch.rsqrt(variance + eps)

@@ -58,6 +58,7 @@ def former_to_mobile_(x: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 2) ->
     _checks.tokens(NAME, "k", k, x, num_heads)
     _checks.companion(NAME, "v", v, x, tuple(k.shape), "(B, M, C)")
     _IN_PLACE["native"](x, k, v, num_heads)
+    torch.autograd.graph.increment_version(x)  # or a gradient that needs the old x would not notice
     return x
 
 
