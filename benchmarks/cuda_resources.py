@@ -69,8 +69,10 @@ def build(folder: Path) -> str:
 def kernel_names(mangled: list[str]) -> dict[str, str]:
     """former_to_mobile_channels<float, 4, 6> and the like."""
     text = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
-    plain = (re.sub(r"\(mf::Way\)", "", line).partition("(")[0] for line in text.splitlines())
-    return {name: p.removeprefix("void ").replace("mf::", "") for name, p in zip(mangled, plain, strict=True)}
+    for number, way in enumerate(("channels", "columns", "single")):  # of a depthwise convolution
+        text = text.replace(f"(mf::Way){number}", way)
+    plain = (line.partition("(")[0].removeprefix("void ").replace("mf::", "") for line in text.splitlines())
+    return dict(zip(mangled, plain, strict=True))
 
 
 def widest_accesses(ptx: str) -> dict[str, tuple[int, int]]:
