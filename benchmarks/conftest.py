@@ -69,8 +69,11 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         machine_info[f"mobileformer_{device}"] = config.stash[RECORDER].environment(device)
 
 
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark's long tables
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     recorder = config.stash[RECORDER]
+    for line in harness.summary(recorder.rows):
+        terminalreporter.write_line(line)
     folder = config.option.save_results
     if folder is None:
         return

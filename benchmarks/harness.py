@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import reading
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -133,6 +134,24 @@ class Recorder:
         return paths
 
 
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each operator and pass, and each network: how much faster than the faster eager layout."""
+    gains: dict[str, list[float]] = {}
+    for (op, _, direction), group in reading.grouped(rows).items():
+        name, best = f"{op} {direction}", {"": reading.fastest_fused(group)}
+        if group[0]["suite"] == "model":
+            name = f"{group[0]['variants']} {direction}, batch {group[0]['batch']}"
+            best = {f", {backend}": reading.fastest(group, backend) for backend in ("fused", "to_inference")}
+        for label, row in best.items():
+            gained = reading.speedup(group, row)
+            if gained is not None:
+                gains.setdefault(name + label, []).append(gained)
+    return [
+        f"{name}: {min(values):.2f}x" + (f" to {max(values):.2f}x of {len(values)} shapes" if len(values) > 1 else "")
+        for name, values in gains.items()
+    ]
+
+
 def time_in_turns(rows: list[Row], *, repeats: int, min_sample_ms: float, device: str) -> None:
     """Time those of a group that are right."""
     right = {row.name: row for row in rows if row.error is None}
@@ -166,7 +185,7 @@ def environment(device: str) -> dict[str, Any]:
         "numpy": np.__version__,
         "mobileformer": mobileformer.__version__,
         "kernels": "; ".join(sorted({str(line["built_with"]) for line in lines})) or None,
-        "kernels_older_than_sources": _is_stale(ROOT / f"mf_kernels/_{device}.so"),
+        "kernels_older_than_sources": _is_stale(device),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", *MEASURED)),
     }
@@ -215,7 +234,9 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _is_stale(library: Path) -> bool | None:
+def _is_stale(device: str) -> bool | None:
     """Whether a source was changed after the library was built from it; None without library or sources."""
-    sources = [path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    return max(sources) > library.stat().st_mtime if sources and library.is_file() else None
+    library = ROOT / f"mf_kernels/_{device}.so"
+    folders = [ROOT / "csrc/common", ROOT / "csrc" / device]
+    changed = [path.stat().st_mtime for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return max(changed) > library.stat().st_mtime if changed and library.is_file() else None

@@ -1,6 +1,6 @@
 """Renders results to docs/benchmarks.md and to charts in docs/images: nobody edits those by hand.
 
-    python benchmarks/report.py                # every file in benchmarks/results
+    python benchmarks/report.py                # every *thread.json in benchmarks/results
     python benchmarks/report.py FILE...        # these
 
 Needs matplotlib for the charts, and neither torch nor the package for the page.
@@ -32,6 +32,7 @@ from reading import (
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md"
+TIMES = "*thread.json"  # beside them lie results of another kind
 NAMES = {"compile": "torch.compile", "to_inference": "`to_inference`"}
 WANTED_SPEEDUP, WANTED_AT = 2.0, ("56x56", "28x28")
 
@@ -185,10 +186,10 @@ def table(head: list[str], body: list[list[str]], *, words: int) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path, help="results (benchmarks/results/*.json)")
+    parser.add_argument("files", nargs="*", type=Path, help="results (benchmarks/results/*thread.json)")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page; charts go to images/ beside it")
     options = parser.parse_args(arguments)
-    files = options.files or sorted(RESULTS.glob("*.json"))
+    files = options.files or sorted(RESULTS.glob(TIMES))
     if not files:
         parser.error(f"no results in {RESULTS}: make bench BENCH=--save-results writes them")
     import charts
