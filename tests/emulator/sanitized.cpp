@@ -37,8 +37,9 @@ double dot(const Doubles& a, const Floats& b) {
 }
 
 // Compares outputs, and gradients along one random direction each
-void compare(const char* name, const std::function<Doubles(const Arguments&)>& loops, const std::vector<Floats>& arguments,
-             const Floats& output, const Floats& d_output, const std::vector<Floats>& gradients) {
+void compare(const char* name, const std::function<Doubles(const Arguments&)>& loops,
+             const std::vector<Floats>& arguments, const Floats& output, const Floats& d_output,
+             const std::vector<Floats>& gradients) {
   Arguments wide;
   for (const Floats& argument : arguments) wide.emplace_back(argument.begin(), argument.end());
   const Doubles truth = loops(wide);
@@ -69,8 +70,8 @@ void dynamic_relu(int64_t B, int64_t C, int64_t L, bool channels_last) {
   const Floats x = random_values(B * C * L), theta = random_values(B * 2 * C, 2), d_y = random_values(B * C * L);
   Floats y(x.size()), d_x(x.size()), d_theta(theta.size());
   mf::launch_dynamic_relu(y.data(), x.data(), theta.data(), B, C, L, channels_last, nullptr);
-  mf::launch_dynamic_relu_backward(d_x.data(), d_theta.data(), d_y.data(), x.data(), theta.data(), B, C, L, channels_last,
-                                   Memory(), nullptr);
+  mf::launch_dynamic_relu_backward(d_x.data(), d_theta.data(), d_y.data(), x.data(), theta.data(), B, C, L,
+                                   channels_last, Memory(), nullptr);
   const auto loops = [&](const Arguments& in) {
     Doubles out(x.size());
     for (int64_t b = 0; b < B; ++b)
@@ -91,8 +92,8 @@ void former_to_mobile(int64_t B, int64_t C, int64_t L, int64_t M, int64_t N, boo
   const Floats d_y = random_values(B * C * L);
   Floats y(x.size()), d_x(x.size()), d_k(k.size()), d_v(v.size());
   mf::launch_former_to_mobile(y.data(), x.data(), k.data(), v.data(), shape, nullptr);
-  mf::launch_former_to_mobile_backward(d_x.data(), d_k.data(), d_v.data(), d_y.data(), x.data(), k.data(), v.data(), shape,
-                                       Memory(), nullptr);
+  mf::launch_former_to_mobile_backward(d_x.data(), d_k.data(), d_v.data(), d_y.data(), x.data(), k.data(), v.data(),
+                                       shape, Memory(), nullptr);
   const int64_t E = C / N;
   const auto loops = [&](const Arguments& in) {
     Doubles out = in[0], weight(M);
@@ -102,7 +103,8 @@ void former_to_mobile(int64_t B, int64_t C, int64_t L, int64_t M, int64_t N, boo
           double total = 0;
           for (int64_t m = 0; m < M; ++m) {
             double score = 0;
-            for (int64_t c = c0; c < c0 + E; ++c) score += in[0][at(channels_last, b, c, l, C, L)] * in[1][(b * M + m) * C + c];
+            for (int64_t c = c0; c < c0 + E; ++c)
+              score += in[0][at(channels_last, b, c, l, C, L)] * in[1][(b * M + m) * C + c];
             total += weight[m] = std::exp(score / std::sqrt(double(E)));
           }
           for (int64_t m = 0; m < M; ++m)
@@ -130,7 +132,8 @@ void mobile_to_former(int64_t B, int64_t C, int64_t L, int64_t M, int64_t N, boo
           double total = 0, *row = &gathered[(b * M + m) * C];
           for (int64_t l = 0; l < L; ++l) {
             double score = 0;
-            for (int64_t c = c0; c < c0 + E; ++c) score += in[0][at(channels_last, b, c, l, C, L)] * in[1][(b * M + m) * C + c];
+            for (int64_t c = c0; c < c0 + E; ++c)
+              score += in[0][at(channels_last, b, c, l, C, L)] * in[1][(b * M + m) * C + c];
             const double weight = std::exp(score / std::sqrt(double(E)));
             total += weight;
             for (int64_t c = c0; c < c0 + E; ++c) row[c] += weight * in[0][at(channels_last, b, c, l, C, L)];
@@ -142,8 +145,8 @@ void mobile_to_former(int64_t B, int64_t C, int64_t L, int64_t M, int64_t N, boo
   compare("mobile_to_former", loops, {x, q}, out, d_out, {d_x, d_q});
 }
 
-void depthwise_conv2d(int64_t B, int64_t C, int64_t H, int64_t W, int64_t mult, int64_t K, int64_t S, mf::Activation activation,
-                      bool channels_last) {
+void depthwise_conv2d(int64_t B, int64_t C, int64_t H, int64_t W, int64_t mult, int64_t K, int64_t S,
+                      mf::Activation activation, bool channels_last) {
   const auto s = mf::depthwise_shape(B, C, H, W, C * mult, K, S, channels_last);
   const Floats x = random_values(B * C * H * W), weight = random_values(s.O * K * K, 0.5f), bias = random_values(s.O);
   Floats y(B * s.O * s.OH * s.OW), d_x(x.size()), d_weight(weight.size()), d_bias(bias.size()), scratch(y.size());
