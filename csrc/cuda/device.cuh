@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "common/math.h"
 
@@ -58,6 +59,22 @@ __device__ inline void store(T* target, const float (&from)[V]) {
   Pack<T, V> pack;
 #pragma unroll
   for (int i = 0; i < V; ++i) from_float(pack.value[i], from[i]);
+#ifndef MF_EMULATOR
+  // Spelt out: between the selections of a dynamic ReLU the compiler takes such a store apart. Not a "memory" clobber,
+  // which would keep later loads behind it: nothing that is stored here is read again by the same kernel.
+  if constexpr (sizeof(pack) >= 8) {
+    unsigned words[sizeof(pack) / 4];
+    memcpy(words, &pack, sizeof(pack));
+    const size_t address = __cvta_generic_to_global(target);
+    if constexpr (sizeof(pack) == 16) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]), "r"(words[1]),
+                   "r"(words[2]), "r"(words[3]));
+    } else {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]));
+    }
+    return;
+  }
+#endif
   *reinterpret_cast<Pack<T, V>*>(target) = pack;
 }
 
