@@ -144,6 +144,30 @@ def test_scores_far_apart(op: str, size: float, isa: str) -> None:
         testing.assert_close(name, t, truth[name], testing.Error(4 * typical, 4 * largest), torch.float32)
 
 
+@pytest.mark.parametrize("op", OPS[:2])
+def test_scores_far_below_zero(op: str, isa: str) -> None:
+    """What fills up a vector of positions, or of tokens, has scores of 0: it is not the largest of these."""
+    case = SMALL[op]
+    inputs = {name: t.abs() for name, t in case.inputs(torch.float64).items()}
+    inputs["q" if op == "mobile_to_former" else "k"] *= -1e4
+    d_output = case.d_output(torch.float64)
+    actual = testing.evaluate(case.function(mf_kernels), inputs, d_output)
+    expected = testing.evaluate(case.function(reference), inputs, d_output)
+    for name, t in expected.items():
+        torch.testing.assert_close(actual[name], t, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 128), (torch.float64, 1024)], ids=str)
+def test_scores_whose_distance_from_zero_overflows(dtype: torch.dtype, limit: int, isa: str) -> None:
+    """All scores near -limit ln 2: from there to the 0 of what fills up a vector, e^x leaves the range of the dtype."""
+    q = torch.linspace(-1.02, -0.98, 8, dtype=dtype).view(1, 8, 1) * limit * 0.6931
+    tensors = {"x": torch.ones(1, 1, 1, 3, dtype=dtype), "q": q}
+    case = testing.Case("mobile_to_former", "", {n: tuple(t.shape) for n, t in tensors.items()}, "", {"num_heads": 1})
+    actual = testing.evaluate(case.function(mf_kernels), tensors, torch.ones_like(q))
+    for name, t in testing.evaluate(case.function(reference), tensors, torch.ones_like(q)).items():
+        torch.testing.assert_close(actual[name], t, rtol=1e-5, atol=1e-5)
+
+
 def test_a_huge_value_without_weight_adds_nothing(isa: str) -> None:
     """A softmax term that underflows is 0, not something small: 1e35 times it must not be seen."""
     x = torch.ones(1, 1, 1, 40)
