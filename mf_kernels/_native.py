@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ def load(device: str) -> str | None:
         built = build_record().get("torch", "an unknown torch")
         told = error.__cause__ or error  # torch says only that it could not, the loader says why
         return f"{path.name} does not load: built with torch {built}, have {torch.__version__}: {told}"
+    asked = os.environ.get("MF_KERNELS_ISA")
+    if device == "cpu" and asked:
+        try:
+            _choose_isa(asked)
+        except ValueError as error:
+            return f"MF_KERNELS_ISA: {error}"
     _loaded.add(device)
     return None
 
@@ -49,14 +56,21 @@ def library_record(device: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _cpu_symbols() -> ctypes.CDLL:
-    missing = load("cpu")
+def _functions(device: str) -> ctypes.CDLL:
+    """The plain C functions of a library that is loaded."""
+    library = ctypes.CDLL(str(FOLDER / f"_{device}.so"))
+    getattr(library, f"mf_kernels_{device}_report").restype = ctypes.c_char_p
+    return library
+
+
+def _report(device: str) -> dict[str, Any]:
+    return json.loads(getattr(_functions(device), f"mf_kernels_{device}_report")())
+
+
+def _require(device: str) -> None:
+    missing = load(device)
     if missing is not None:
         raise RuntimeError(missing)
-    library = ctypes.CDLL(str(FOLDER / "_cpu.so"))
-    library.mf_kernels_cpu_report.restype = ctypes.c_char_p
-    library.mf_kernels_cpu_set_isa.argtypes = [ctypes.c_char_p]
-    return library
 
 
 def cpu_report() -> dict[str, Any]:
@@ -64,17 +78,8 @@ def cpu_report() -> dict[str, Any]:
 
     Raises RuntimeError with the reason when the library is not there.
     """
-    return json.loads(_cpu_symbols().mf_kernels_cpu_report())
-
-
-@functools.cache
-def _cuda_symbols() -> ctypes.CDLL:
-    missing = load("cuda")
-    if missing is not None:
-        raise RuntimeError(missing)
-    library = ctypes.CDLL(str(FOLDER / "_cuda.so"))
-    library.mf_kernels_cuda_report.restype = ctypes.c_char_p
-    return library
+    _require("cpu")
+    return _report("cpu")
 
 
 def cuda_report() -> dict[str, Any]:
@@ -82,20 +87,26 @@ def cuda_report() -> dict[str, Any]:
 
     Raises RuntimeError with the reason when the library is not there.
     """
-    return json.loads(_cuda_symbols().mf_kernels_cuda_report())
+    _require("cuda")
+    return _report("cuda")
 
 
 def cpu_calls() -> dict[str, int]:
     """The calls that the CPU kernels served in this process; never loads the library to find that there were none."""
-    return cpu_report()["calls"] if "cpu" in _loaded else {}
+    return _report("cpu")["calls"] if "cpu" in _loaded else {}
 
 
 def cuda_calls() -> dict[str, int]:
     """The same of the CUDA kernels."""
-    return cuda_report()["calls"] if "cuda" in _loaded else {}
+    return _report("cuda")["calls"] if "cuda" in _loaded else {}
 
 
 def set_cpu_isa(name: str) -> None:
     """Serve from the kernels of one instruction set ("baseline", "avx2", "avx512"). Raises where it cannot run."""
-    if _cpu_symbols().mf_kernels_cpu_set_isa(name.encode()) != 0:
-        raise ValueError(f"instruction set: expected one of {cpu_report()['runnable']}, got {name!r}")
+    _require("cpu")
+    _choose_isa(name)
+
+
+def _choose_isa(name: str) -> None:
+    if _functions("cpu").mf_kernels_cpu_set_isa(name.encode()) != 0:
+        raise ValueError(f"instruction set: expected one of {_report('cpu')['runnable']}, got {name!r}")

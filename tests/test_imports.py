@@ -223,11 +223,27 @@ for failing in (explicit, strict, _native.cpu_report):
     assert done.stdout.count("_cpu.so was built and is no longer there") == 3
 
 
-@pytest.mark.parametrize("asked", ["baseline", "avx2", "sse9"])
+@pytest.mark.parametrize("asked", ["baseline", "avx2", "avx512", ""])
 def test_instruction_set_of_the_environment(asked: str) -> None:
-    """Taken if this CPU has it; else the best it has, as without the variable."""
+    if asked not in ("", *runnable()):
+        pytest.skip(f"this CPU does not run {asked}")
     code = "import json, mf_kernels._native as n; print(json.dumps(n.cpu_report()))"
     seen = report(code, MF_KERNELS_ISA=asked)
-    assert seen["runnable"] == runnable()
-    assert seen["isa"] == (asked if asked in runnable() else runnable()[-1])
-    assert seen["calls"] == {}
+    assert seen == seen | {"runnable": runnable(), "isa": asked or runnable()[-1], "calls": {}}
+
+
+def test_an_unknown_instruction_set_in_the_environment_is_told() -> None:
+    """The library does not serve: one warning names the variable, an explicit backend raises the same reason."""
+    code = """
+import torch, mf_kernels
+x, theta = torch.ones(1, 2, 3, 3), torch.ones(1, 4)
+mf_kernels.dynamic_relu(x, theta)
+mf_kernels.dynamic_relu(x, theta)
+with mf_kernels.use_backend("native"):
+    try: mf_kernels.dynamic_relu(x, theta)
+    except RuntimeError as error: print(error)
+"""
+    reason = f"MF_KERNELS_ISA: instruction set: expected one of {runnable()}, got 'sse9'"
+    done = python(code, MF_KERNELS_ISA="sse9")
+    assert done.stderr.count(reason) == 1
+    assert reason in done.stdout

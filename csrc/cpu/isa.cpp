@@ -1,7 +1,6 @@
 #include "cpu/isa.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -42,11 +41,7 @@ int find(const char* name) {
 }
 
 std::atomic<int>& chosen() {
-  static std::atomic<int> value = [] {
-    const char* asked = std::getenv("MF_KERNELS_ISA");
-    const int found = asked ? find(asked) : -1;
-    return found >= 0 ? found : static_cast<int>(best());
-  }();
+  static std::atomic<int> value{static_cast<int>(best())};
   return value;
 }
 
