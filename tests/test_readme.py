@@ -13,7 +13,7 @@ from kernel_support import python
 from mobileformer.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXTS = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/environment.md"]
+TEXTS = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/environment.md", "docs/triton.md"]
 NOT_IN_THE_REPOSITORY = ("torch/", "ATen/", ".venv/", "mf_kernels/_build.json")
 TEXT = pytest.mark.parametrize("text", TEXTS)
 
@@ -84,6 +84,19 @@ def test_the_table_of_sizes_is_the_one_that_info_prints() -> None:
         for name, config in VARIANTS.items()
     }
     assert {row.replace(",", " ") for row in rows} <= set(read("README.md").splitlines())
+
+
+def ratios(row: str) -> list[str]:
+    return re.findall(r"(\d+\.\d\dx) ", row)
+
+
+def test_the_speed_of_the_readme_is_what_the_page_of_benchmarks_says() -> None:
+    """Every row of ratios, one for each network, is a column there; that page is checked against its result files."""
+    tables = re.findall(r"^\| network \|.*\n(?:\|.*\n)+", read("docs/benchmarks.md"), re.MULTILINE)
+    columns = [column for table in tables for column in zip(*map(ratios, table.splitlines()[2:]), strict=True)]
+    told = [tuple(ratios(line)) for line in read("README.md").splitlines() if len(ratios(line)) == 7]
+    assert len(told) == 4
+    assert set(told) <= set(columns)
 
 
 def test_the_readme_names_the_torch_that_is_pinned() -> None:
