@@ -17,17 +17,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import reading
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 import mf_kernels
 import mobileformer
 from mobileformer.files import replacing
 from mobileformer.measure import Timing, interleaved, machine
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("mf_kernels", "mobileformer", "csrc", "setup.py", "benchmarks", ":!benchmarks/results")

@@ -59,33 +59,11 @@ ROWS = [
 CASES = [case for case in testing.CASES if not case.layer_of] + ROWS
 
 
-def with_saved_exponents(
-    case: testing.Case, dtype: torch.dtype, expected: testing.Expectation
-) -> dict[str, testing.Error]:
-    """The budget, with what the rounding of the saved log-sum-exp alone does to every probability of the backward pass.
-
-    Plain PyTorch saves the probabilities themselves. A log-sum-exp of size s in float32 is off by up to s 2^-24, and
-    every probability that comes from it by that factor.
-    """
-    if case.op != "mobile_to_former" or dtype != torch.float32 or expected.truth["output"].numel() == 0:
-        return expected.allowed
-    x, q = (t.double() for t in case.inputs(dtype).values())
-    heads, width = case.options["num_heads"], x.shape[1] // case.options["num_heads"]
-    keys, queries = x.flatten(2).unflatten(1, (heads, width)), q.unflatten(2, (heads, width))
-    scores = torch.einsum("bmne,bnel->bnml", queries, keys) * width**-0.5
-    factor = scores.logsumexp(-1).abs().max().item() * 2.0**-24
-    allowed = dict(expected.allowed)
-    for name in ("d_x", "d_q"):
-        size = testing.error(expected.truth[name], torch.zeros_like(expected.truth[name]))
-        allowed[name] = testing.Error(*(a + factor * s for a, s in zip(allowed[name], size, strict=True)))
-    return allowed
-
-
 @pytest.mark.parametrize("dtype", list(emulator_support.DTYPES), ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_kernels_against_float64(case: testing.Case, dtype: torch.dtype) -> None:
     expected = testing.expectation(case, dtype)
-    allowed = with_saved_exponents(case, dtype, expected)
+    allowed = testing.with_saved_exponents(case, dtype, expected)
     # Without alignment every dtype takes the same way, one value a load
     for layout in LAYOUTS if dtype == torch.float32 else LAYOUTS[:2]:
         for name, actual in emulator_support.evaluate(case, dtype, layout).items():
