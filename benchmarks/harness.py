@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import reading
 import torch
+from reading import rounded
 
 import mf_kernels
 import mobileformer
@@ -212,13 +213,6 @@ def rate_at(rates: dict[int, float], moved: int) -> float:
     """The copy rate for a number of bytes, between the measured ones on a logarithmic axis."""
     sizes = sorted(rates)
     return float(np.interp(math.log(moved), [math.log(size) for size in sizes], [rates[size] for size in sizes]))
-
-
-def rounded(value: Any) -> Any:
-    """Floats to five significant digits, in dicts too: more is noise, and unreadable."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _as_lines(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:

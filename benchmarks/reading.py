@@ -73,6 +73,13 @@ def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
 
 
+def rounded(value: Any) -> Any:
+    """Floats to five significant digits, in dicts too: more is noise, and unreadable."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def shape_of(case: str) -> str:
     """A row's shape for people: "1x24x56x56-mult6-k3-s2-identity" -> "24 x 56 x 56, 6 filters a channel, stride 2"."""
     size, *rest = case.split("-")

@@ -23,8 +23,8 @@ enum class Kernel : int {
 };
 constexpr int KERNEL_COUNT = 11;
 
-// The best instruction set that was compiled and that this CPU has, or the one that was asked for
-// (environment variable MF_KERNELS_ISA, or mf_kernels_cpu_set_isa).
+// The best instruction set that was compiled and that this CPU has, or the one that was asked for by
+// mf_kernels_cpu_set_isa (which is how MF_KERNELS_ISA comes in).
 Isa isa();
 
 // Counts one call of a kernel; mf_kernels.record_kernels reads the counts.
