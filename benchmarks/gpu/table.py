@@ -1,0 +1,105 @@
+"""What the sections' files say, for people: a page of text, printed last.
+
+python -m gpu.table benchmarks/results/<device>
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from reading import load
+
+ENOUGH = 16e6  # bytes that a call must move for its launch not to count
+SECTIONS = ("machine", "build", "check", "operators", "models")
+
+
+def render(folder: Path) -> str:
+    """Of every section that has a file."""
+    results = {name: load(folder / f"{name}.json") for name in SECTIONS if (folder / f"{name}.json").is_file()}
+    makers = {"machine": machine, "check": check, "operators": operators, "models": models}
+    lines: list[str] = []
+    for name, result in results.items():
+        lines += [f"== {name}: {state(result)}", *makers.get(name, lambda _: [])(result)]
+        lines += [f"  FAILED {row['label']}: {first_line(row['error'])}" for row in result["failed"][:10]]
+        if len(result["failed"]) > 10:
+            lines.append(f"  FAILED {len(result['failed']) - 10} more, in {name}.json")
+        whys = list(result["left_out"].values())
+        lines += [f"  left out, {why}: {whys.count(why)}" for why in dict.fromkeys(whys)]
+    return "\n".join(lines)
+
+
+def state(result: dict[str, Any]) -> str:
+    counts = f"{len(result['rows'])} rows, {len(result['failed'])} failed, {len(result['left_out'])} left out"
+    error = f"; BROKE OFF: {result['error'].strip().splitlines()[-1]}" if result["error"] else ""
+    return f"{counts}, {result['seconds']:.0f} s{error}"
+
+
+def machine(result: dict[str, Any]) -> list[str]:
+    e = result["environment"]
+    where = [f"{e.get('gpu', e['cpu'])}", f"torch {e['torch']}", f"triton {e.get('triton')}", f"python {e['python']}"]
+    lines = ["  " + ", ".join(where)]
+    for row in result["rows"]:
+        rate = f"{row['gb_per_s']:.0f} GB/s" if "gb_per_s" in row else f"{row['tflop_per_s']:.1f} TFLOP/s"
+        lines.append(f"  {row['label']:<16} {rate}")
+    if result["missing_packages"]:
+        lines.append(f"  not installed here: {', '.join(result['missing_packages'])}")
+    return lines
+
+
+def check(result: dict[str, Any]) -> list[str]:
+    tests = [row["outcome"] for row in result["rows"] if "outcome" in row]
+    lines = [f"  tests: {tests.count('passed')} passed, {tests.count('skipped')} skipped"]
+    return lines + [f"  {row['label']}: nothing found" for row in result["rows"] if "outcome" not in row]
+
+
+def operators(result: dict[str, Any]) -> list[str]:
+    """Against the targets first; then a line for each shape, of each backend's faster layout."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault(tuple(row[key] for key in ("op", "case", "direction", "dtype")), []).append(row)
+    shares: dict[tuple[str, ...], list[float]] = {}
+    lines = []
+    for (op, case, direction, dtype), rows in groups.items():
+        best = {b: fastest(rows, b) for b in ("eager", "compile", "triton", "native")}
+        cells = [f"{1e3 * row['median_ms']:8.1f}" if row else "       -" for row in best.values()]
+        for backend in ("triton", "native"):
+            row = best[backend]
+            cells.append(f"{row['share_of_copy']:6.0%}" if row else "     -")
+            if row and row["bytes"] >= ENOUGH:
+                shares.setdefault((op, direction, dtype, backend), []).append(row["share_of_copy"])
+        lines.append(f"  {op:17}{case:44}{direction[:3]} {dtype[:4]}{''.join(cells)}")
+    head = "  share of the copy ceiling, median (worst) of the shapes that move 16 MB or more; target of the operator"
+    summary = []
+    for (op, direction, dtype, backend), values in sorted(shares.items()):
+        target = result["targets"][op][direction]
+        told = f"{median(values):4.0%} ({min(values):.0%}), target {target:.0%}"
+        reached = ": reached" if median(values) >= target else ""
+        summary.append(f"  {op:17}{direction:9}{dtype:9}{backend:7} {told}{reached}")
+    columns = (
+        f"  {'us a call':77}{'eager':>4}{'compile':>8}{'triton':>8}{'native':>8}{'triton':>7}{'native':>6} of copy"
+    )
+    return [head, *summary, columns, *lines] if result["rows"] else []
+
+
+def models(result: dict[str, Any]) -> list[str]:
+    """Milliseconds a call of every contender, a line for each network, task and dtype."""
+    groups: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        group, _, contender = row["label"].partition(": ")
+        groups.setdefault(group, []).append(f"{contender} {row['median_ms']:.3g}")
+    return [f"  {group:40} ms: {', '.join(cells)}" for group, cells in groups.items()]
+
+
+def fastest(rows: list[dict[str, Any]], backend: str) -> dict[str, Any] | None:
+    return min((row for row in rows if row["backend"] == backend), key=lambda row: row["median_ms"], default=None)
+
+
+def first_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0][:200]
+
+
+if __name__ == "__main__":
+    print(render(Path(sys.argv[1])))
