@@ -57,8 +57,8 @@ PLAIN = tuple(name for name in CONTENDERS if not name.startswith("compile") and 
 COMPILED = ("eager channels_last", "fused graph", "compile", "fused compile", "compile max-autotune")
 # Plain PyTorch's error: largest of logits over the largest logit, norm of the gradient's over its norm. With kinks
 # and statistics of the batch, gradients in bfloat16 are far off.
-BOUNDS = {"float32": (1e-3, 5e-2), "bfloat16": (0.3, 2.0)}
-LEAST = {"float32": (3e-5, 1e-3), "bfloat16": (2e-2, 5e-2)}  # what anyone may be off
+BOUNDS = {"float32": (1e-3, 5e-2), "bfloat16": (0.6, 2.0)}
+LEAST = {"float32": (3e-5, 2e-2), "bfloat16": (5e-2, 0.2)}  # what anyone may be off
 
 
 class Group(NamedTuple):
