@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mobileformer.config import VARIANTS as VARIANTS
+    from mobileformer.metadata import Metadata as Metadata
+    from mobileformer.metadata import WeightsError as WeightsError
     from mobileformer.model import Model as Model
-    from mobileformer.weights import Metadata as Metadata
-    from mobileformer.weights import WeightsError as WeightsError
     from mobileformer.weights import load_model as load_model
     from mobileformer.weights import load_weights as load_weights
     from mobileformer.weights import official_state_dict as official_state_dict
@@ -25,8 +25,8 @@ __version__ = "0.1.0"
 _HOME = {
     "VARIANTS": "mobileformer.config",
     "Model": "mobileformer.model",
-    "Metadata": "mobileformer.weights",
-    "WeightsError": "mobileformer.weights",
+    "Metadata": "mobileformer.metadata",
+    "WeightsError": "mobileformer.metadata",
     "load_model": "mobileformer.weights",
     "load_weights": "mobileformer.weights",
     "official_state_dict": "mobileformer.weights",

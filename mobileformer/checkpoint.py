@@ -20,13 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["WeightsError", "read_header", "read_state", "unwrap_state"]
+from mobileformer.metadata import WeightsError
+
+__all__ = ["read_header", "read_state", "unwrap_state"]
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
-
-
-class WeightsError(ValueError):
-    """A weight file, or a state dict, that cannot be used; the message says which and why."""
 
 
 def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

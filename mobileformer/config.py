@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "VARIANTS", "BlockConfig", "VariantConfig", "get_variant"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "MIN_SIZE",
+    "VARIANTS",
+    "BlockConfig",
+    "VariantConfig",
+    "get_variant",
+]
 
+MIN_SIZE = 32  # of height and width: the stride of the last map
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobileformer.blocks import DownBlock, LiteBlock, SameBlock
-from mobileformer.config import BlockConfig, VariantConfig, get_variant
+from mobileformer.config import MIN_SIZE, BlockConfig, VariantConfig, get_variant
 from mobileformer.layers import ConvNorm, MobileToFormer, channel_shuffle
 
 if TYPE_CHECKING:
-    from mobileformer.inference.fold import InferenceModel
+    from mobileformer.inference.module import InferenceModel
 
-__all__ = ["MIN_SIZE", "Head", "Model"]
-
-MIN_SIZE = 32  # the stride of the last map
+__all__ = ["MIN_SIZE", "Head", "Model", "unwrap"]
 
 
 class Head(nn.Module):
@@ -178,15 +176,26 @@ class Model(nn.Module):
         ========  =======================================================================================
         dtype     of the arithmetic: torch.float32, torch.bfloat16 or torch.float64. The input may have
                   any floating dtype, and the logits come back in it.
-        threads   CPU threads of a call. PyTorch has one count for the whole process: it is set when the
-                  call starts and put back when it ends. None leaves it alone, which is what
-                  torch.compile and torch.export want.
+        threads   CPU threads of a call. None is PyTorch's count. With a number, the engine has that many
+                  threads of its own; where PyTorch runs instead, its one count for the whole process is
+                  set when the call starts and put back when it ends.
         ========  =======================================================================================
+
+        What serves a call:
+
+        ==================  =============================================================================
+        the CPU engine      float32 and bfloat16, on the CPU, where no gradient is wanted
+        PyTorch, as it is   float64; `use_fused=False`; on a GPU; an input that requires a gradient; NaN
+        meant               or infinity in the input; under torch.compile, torch.export and other tracers
+                            and modes; where somebody has put a hook on a part
+        PyTorch, and a      the compiled engine is missing; a part was replaced, say by an adapter, or
+        warning once        written to in the copy. Under MF_KERNELS_STRICT=1 these raise RuntimeError.
+        ==================  =============================================================================
 
         Later changes to this model do not reach the copy, which keeps `use_fused` and the device.
         Raises ValueError for another dtype or a thread count below 1.
         """
-        from mobileformer.inference.fold import InferenceModel
+        from mobileformer.inference.module import InferenceModel
 
         return InferenceModel(self, dtype=dtype, threads=threads)
 
@@ -215,6 +224,15 @@ class Model(nn.Module):
         expected = self.tokens.dtype
         if x.dtype != expected and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise TypeError(f"x: expected dtype {expected} like the model's parameters, got {x.dtype}")
+
+
+def unwrap(model: Any) -> Model:
+    """The model inside `torch.compile`'s or DistributedDataParallel's wrapper. Raises TypeError for anything else."""
+    for wrapper in ("_orig_mod", "module"):
+        model = getattr(model, wrapper, model)
+    if not isinstance(model, Model):
+        raise TypeError(f"model: expected a mobileformer.Model, got {type(model).__name__}")
+    return model
 
 
 def _check_at_least_one(name: str, value: int) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mobileformer.checkpoint import WeightsError, read_header, read_state, unwrap_state
+from mobileformer.checkpoint import read_header, read_state, unwrap_state
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
 from mobileformer.files import replacing
+from mobileformer.inference.folded import FORMAT as FOLDED_FORMAT
 from mobileformer.keys import to_official, to_ours
-from mobileformer.model import Model
+from mobileformer.metadata import Metadata, WeightsError, decode, describe, encode
+from mobileformer.model import Model, unwrap
 
 __all__ = [
     "Metadata",
@@ -36,23 +36,6 @@ FORMAT = "mobileformer"
 FORMAT_VERSION = 1
 _NEW_HEAD = ("head.classifier.weight", "head.classifier.bias")
 _CLASSES_KEY, _CHANNELS_KEY = "head.classifier.weight", "stem.conv.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Metadata:
-    """What a weight file says of itself.
-
-    labels: one name a class. mean, std: one number a channel, of what the input is normalised with (pixels in
-    [0, 1]).
-    """
-
-    variant: str
-    num_classes: int
-    in_chans: int
-    spatial_dynamic_relu: bool = False
-    labels: tuple[str, ...] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
 
 
 def load_weights(
@@ -79,7 +62,7 @@ def load_weights(
     or hold more than weights. Warns when the file was saved from a model with another `spatial_dynamic_relu`.
     """
     name, state, metadata = _read(path_or_state_dict)
-    _copy_into(_bare(model), name, state, metadata, allow_new_head)
+    _copy_into(unwrap(model), name, state, metadata, allow_new_head)
 
 
 def load_model(path: str | os.PathLike[str], *, use_fused: bool = True) -> Model:
@@ -122,24 +105,8 @@ def save_weights(
     (pixels in [0, 1]); for 3 channels ImageNet's when not given. The file appears whole or not at all. Raises
     ValueError when there are not as many labels as classes, or numbers as channels.
     """
-    model = _bare(model)
-    if model.in_chans == len(IMAGENET_MEAN):
-        mean = IMAGENET_MEAN if mean is None else mean
-        std = IMAGENET_STD if std is None else std
-    _check_length("labels", labels, model.num_classes, "classes")
-    _check_length("mean", mean, model.in_chans, "channels")
-    _check_length("std", std, model.in_chans, "channels")
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "variant": model.variant,
-        "num_classes": str(model.num_classes),
-        "in_chans": str(model.in_chans),
-        "spatial_dynamic_relu": json.dumps(model.spatial_dynamic_relu),
-    }
-    for key, values in (("labels", labels), ("mean", mean), ("std", std)):
-        if values is not None:
-            metadata[key] = json.dumps(list(values), ensure_ascii=False)
+    model = unwrap(model)
+    metadata = encode(describe(model, labels=labels, mean=mean, std=std), form=FORMAT, version=FORMAT_VERSION)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with replacing(path) as temporary:
         save_file(state, temporary, metadata=metadata)
@@ -147,7 +114,7 @@ def save_weights(
 
 def official_state_dict(model: Model) -> dict[str, Tensor]:
     """The weights under the published names, in the published order: the model's own tensors, detached."""
-    model = _bare(model)
+    model = unwrap(model)
     state = model.state_dict()
     return {official: state[ours] for ours, official in to_official(state, model.config).items()}
 
@@ -157,15 +124,6 @@ def save_official_checkpoint(model: Model, path: str | os.PathLike[str]) -> None
     state = {key: value.cpu() for key, value in official_state_dict(model).items()}
     with replacing(path) as temporary:
         torch.save({"state_dict": state}, temporary)
-
-
-def _bare(model: Any) -> Model:
-    """The model inside `torch.compile`'s or DistributedDataParallel's wrapper."""
-    for wrapper in ("_orig_mod", "module"):
-        model = getattr(model, wrapper, model)
-    if not isinstance(model, Model):
-        raise TypeError(f"model: expected a mobileformer.Model, got {type(model).__name__}")
-    return model
 
 
 def _read(source: Any) -> tuple[str, dict[str, Tensor], Metadata | None]:
@@ -245,40 +203,14 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a scalar"
 
 
-def _check_length(name: str, values: Sequence[Any] | None, expected: int, what: str) -> None:
-    if values is not None and len(values) != expected:
-        raise ValueError(f"{name}: expected {expected}, one for each of the {what}, got {len(values)}")
-
-
 def _parse_metadata(header: Mapping[str, str], name: str) -> Metadata | None:
     """None for a file that is not ours."""
-    if header.get("format") != FORMAT:
-        return None
-    try:
-        version = int(header["format_version"])
-        if version > FORMAT_VERSION:
-            raise WeightsError(
-                f"{name}: format version {version}, this package reads up to {FORMAT_VERSION}; update it"
-            )
-        metadata = Metadata(
-            variant=header["variant"],
-            num_classes=int(header["num_classes"]),
-            in_chans=int(header["in_chans"]),
-            spatial_dynamic_relu=json.loads(header["spatial_dynamic_relu"]),
-            labels=tuple(map(str, json.loads(header["labels"]))) if "labels" in header else None,
-            mean=tuple(map(float, json.loads(header["mean"]))) if "mean" in header else None,
-            std=tuple(map(float, json.loads(header["std"]))) if "std" in header else None,
+    if header.get("format") == FOLDED_FORMAT:
+        raise WeightsError(
+            f"{name}: holds a network folded for inference, which no model can be made from; "
+            "mobileformer.inference.Engine opens it"
         )
-        _check_length("labels", metadata.labels, metadata.num_classes, "classes")
-        _check_length("mean", metadata.mean, metadata.in_chans, "channels")
-        _check_length("std", metadata.std, metadata.in_chans, "channels")
-    except WeightsError:
-        raise
-    except (KeyError, ValueError, TypeError) as error:
-        raise WeightsError(f"{name}: its metadata is damaged ({error!r})") from error
-    if metadata.variant not in VARIANTS:
-        raise WeightsError(f"{name}: holds the unknown variant {metadata.variant!r}")
-    return metadata
+    return decode(header, name, form=FORMAT, version=FORMAT_VERSION)
 
 
 @functools.cache

@@ -1,4 +1,7 @@
-"""Running a trained network and nothing else. Names load on first use: importing this needs no torch."""
+"""Running a trained network and nothing else. Names load on first use: importing this needs no torch.
+
+`Engine` and `FoldedNetwork` need numpy alone; `fold` and `InferenceModel` come from a model and need torch.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mobileformer.inference.fold import InferenceModel as InferenceModel
+    from mobileformer.inference.engine import Engine as Engine
+    from mobileformer.inference.folded import FoldedNetwork as FoldedNetwork
+    from mobileformer.inference.folding import fold as fold
+    from mobileformer.inference.module import InferenceModel as InferenceModel
 
-_HOME = {"InferenceModel": "mobileformer.inference.fold"}
+_HOME = {
+    "Engine": "mobileformer.inference.engine",
+    "FoldedNetwork": "mobileformer.inference.folded",
+    "InferenceModel": "mobileformer.inference.module",
+    "fold": "mobileformer.inference.folding",
+}
 
-__all__ = ["InferenceModel"]
+__all__ = ["Engine", "FoldedNetwork", "InferenceModel", "fold"]
 
 
 def __getattr__(name: str) -> Any:

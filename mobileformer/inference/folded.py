@@ -1,0 +1,176 @@
+"""A network folded for inference: plain float32 arrays by name, and what they are. No torch here.
+
+Names are those of the state dict, without the norms that went into a convolution or a linear layer: `stem.conv.weight`
+and the four arrays of `stem.norm` are `stem.weight` and `stem.bias`, `head.norm` is in `head.fc`. The scales of the
+attentions are in their queries and keys:
+
+    *mobile_to_former.query    times (C/2)^-0.5, C channels of the map that it reads
+    blocks.N.former.query      times (D/4)^-0.5, D width of the tokens
+    *former_to_mobile.key      times (C/2)^-0.5, C channels of the map that it writes
+
+Channels stand in the order of the model. Nothing here depends on a processor: what an instruction set wants packed in
+another order is packed when an engine opens the network.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mobileformer.config import VariantConfig, get_variant
+from mobileformer.files import replacing
+from mobileformer.inference.reader import read_safetensors
+from mobileformer.metadata import Metadata, WeightsError, decode, encode
+
+__all__ = ["FORMAT", "FoldedNetwork", "array_shapes"]
+
+FORMAT = "mobileformer-folded"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedNetwork:
+    """What `fold` makes of a model and `Engine` runs.
+
+    ========  ==========================================================================================
+    field     meaning
+    ========  ==========================================================================================
+    metadata  variant, classes, channels, labels, mean and std
+    arrays    name -> float32 array; exactly the names and shapes that `array_shapes(metadata)` lists
+    ========  ==========================================================================================
+
+    Raises ValueError that names every array that is missing, unexpected, of another shape or dtype, or not finite.
+    """
+
+    metadata: Metadata
+    arrays: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        problems = _problems(self.arrays, array_shapes(self.metadata))
+        if problems:
+            told = f"{self.metadata.variant}, {self.metadata.num_classes} classes, {self.metadata.in_chans} channels"
+            raise ValueError(f"arrays: not a folded network ({told})\n  " + "\n  ".join(problems))
+
+    @property
+    def config(self) -> VariantConfig:
+        """The variant's configuration."""
+        return get_variant(self.metadata.variant)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file that describes itself. It appears whole or not at all."""
+        from safetensors.numpy import save_file
+
+        header = encode(self.metadata, form=FORMAT, version=FORMAT_VERSION)
+        with replacing(path) as temporary:
+            save_file({name: np.ascontiguousarray(array) for name, array in self.arrays.items()}, temporary, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FoldedNetwork:
+        """Read what `save` wrote. numpy is all it takes, and nothing in the file is run.
+
+        Raises OSError, and WeightsError (a ValueError) for a file that is damaged, cut off, of another kind or of a
+        later version, that lacks an array or holds one with another shape, NaN or infinity.
+        """
+        arrays, header = read_safetensors(path)
+        metadata = decode(header, str(path), form=FORMAT, version=FORMAT_VERSION)
+        if metadata is None:
+            raise WeightsError(
+                f"{path}: not a folded network; `mobileformer convert --fold IN OUT` makes one from weights"
+            )
+        try:
+            return cls(metadata, arrays)
+        except ValueError as error:
+            raise WeightsError(f"{path}: {str(error).removeprefix('arrays: ')}") from None
+
+
+def array_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every array, in the order of the model's state dict."""
+    config = get_variant(metadata.variant)
+    width = config.token_dim
+    shapes: dict[str, tuple[int, ...]] = {"tokens": (config.num_tokens, width)}
+
+    def add(name: str, weight: tuple[int, ...]) -> None:
+        shapes[f"{name}.weight"] = weight
+        shapes[f"{name}.bias"] = weight[:1]
+
+    def pointwise(name: str, into: int, out: int) -> None:
+        add(name, (out, into // config.groups, 1, 1))
+
+    def depthwise(name: str, out: int) -> None:
+        add(name, (out, 1, 3, 3))
+
+    def relu(name: str, channels: int) -> None:
+        add(f"{name}.reduce", (width // 4, width))
+        add(f"{name}.expand", (2 * channels, width // 4))
+
+    def mobile_to_former(name: str, channels: int) -> None:
+        add(f"{name}.gate", (channels, width))
+        add(f"{name}.query", (channels, width))
+        add(f"{name}.project", (width, channels))
+        add(f"{name}.norm", (width,))
+
+    def token_side(name: str, into: int, out: int) -> None:
+        mobile_to_former(f"{name}.mobile_to_former", into)
+        add(f"{name}.former.ffn_expand", (2 * width, width))
+        add(f"{name}.former.ffn_project", (width, 2 * width))
+        add(f"{name}.former.ffn_norm", (width,))
+        add(f"{name}.former.query", (width, width))
+        add(f"{name}.former.project", (width, width))
+        add(f"{name}.former.norm", (width,))
+        add(f"{name}.former_to_mobile.key", (out, width))
+        add(f"{name}.former_to_mobile.value", (out, width))
+
+    channels = config.stem_channels
+    add("stem", (channels, metadata.in_chans, 3, 3))
+    for index, block in enumerate(config.blocks):
+        name, out, hidden = f"blocks.{index}", block.out_channels, block.expansion * channels
+        if block.kind == "lite":
+            depthwise(f"{name}.expand", hidden)
+            pointwise(f"{name}.project", hidden, out)
+        elif block.kind == "same":
+            pointwise(f"{name}.expand", channels, hidden)
+            relu(f"{name}.expand_relu", hidden)
+            depthwise(f"{name}.depthwise", hidden)
+            relu(f"{name}.depthwise_relu", hidden)
+            pointwise(f"{name}.project", hidden, out)
+            token_side(name, channels, out)
+        else:
+            second = block.second_expansion * out
+            depthwise(f"{name}.down", hidden)
+            relu(f"{name}.down_relu", hidden)
+            pointwise(f"{name}.squeeze", hidden, out)
+            depthwise(f"{name}.expand", second)
+            relu(f"{name}.expand_relu", second)
+            pointwise(f"{name}.project", second, out)
+            token_side(name, channels, out)
+        channels = out
+    mobile_to_former("mobile_to_former", channels)
+    pointwise("head.expand", channels, config.head_channels)
+    add("head.fc", (config.hidden_features, config.head_channels + width))
+    add("head.classifier", (metadata.num_classes, config.hidden_features))
+    return shapes
+
+
+def _problems(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One line for everything wrong."""
+    lines = [f"missing: {name}" for name in shapes if name not in arrays]
+    lines += [f"unexpected: {name:.100}" for name in arrays if name not in shapes]
+    for name, shape in shapes.items():
+        array = arrays.get(name)
+        if array is None:
+            continue
+        if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+            lines.append(f"wrong dtype: {name}: expected a float32 array, got {getattr(array, 'dtype', type(array))}")
+        elif array.shape != shape:
+            lines.append(f"wrong shape: {name} is {_shape(array.shape)}, expected {_shape(shape)}")
+        elif not np.isfinite(array).all():
+            lines.append(f"not finite: {name} holds NaN or infinity")
+    return lines
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"

@@ -1,0 +1,112 @@
+"""safetensors in numpy alone, and strictly: what is not exactly a file of float32 arrays is an error with a reason.
+
+A file is 8 bytes of length (little-endian), that many bytes of JSON, then the arrays, one after another:
+
+    {"__metadata__": {text: text, ...}, name: {"dtype": "F32", "shape": [...], "data_offsets": [begin, end]}, ...}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mobileformer.metadata import WeightsError
+
+__all__ = ["read_safetensors"]
+
+MAX_HEADER = 16 << 20  # a length beyond this is no length; the names of 20,000 classes take half a million bytes
+ITEM = 4  # bytes of a float32
+LARGEST = np.iinfo(np.intp).max
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays by name, float32 and read-only; text metadata). The values are not looked at.
+
+    The header is checked against the size of the file before any array is read: every byte belongs to exactly one.
+    Raises OSError, and WeightsError naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise WeightsError(f"{path}: expected a file, got a folder")
+    with path.open("rb") as file:
+        try:
+            entries, metadata, size = _read_header(file)
+        except _Damage as damage:
+            raise WeightsError(f"{path}: {damage}") from None
+        content = file.read(size)
+    if len(content) != size:
+        raise WeightsError(f"{path}: the file became shorter while it was read")
+    arrays = {}
+    for name, (shape, begin) in entries.items():
+        values = np.frombuffer(content, dtype="<f4", count=math.prod(shape), offset=begin).reshape(shape)
+        arrays[name] = values.astype(np.float32, copy=False)
+    return arrays, metadata
+
+
+class _Damage(Exception):
+    """What is wrong with a file."""
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, tuple[tuple[int, ...], int]], dict[str, str], int]:
+    """({name: (shape, offset)}, text metadata, bytes of all arrays); leaves the file where the arrays begin."""
+    size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        raise _Damage("the file is empty")
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length < 2 or length > MAX_HEADER:
+        raise _Damage("not a safetensors file")
+    if length > size - 8:
+        raise _Damage(f"cut off, or not a safetensors file: {size} bytes, and a header of {length}")
+    text = file.read(length)
+    if len(text) != length or not text.startswith(b"{"):
+        raise _Damage("not a safetensors file")
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _Damage(f"its header is damaged ({error})") from None
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _Damage("its header is damaged (__metadata__: expected text)")
+    rows = sorted(_entry(name, value) for name, value in header.items())
+    at = 0
+    for begin, end, name, _ in rows:
+        if begin != at:
+            raise _Damage(f"its header is damaged ({name:.100}: begins at byte {begin}, the array before ends at {at})")
+        at = end
+    if at != size - 8 - length:
+        cut = "cut off" if at > size - 8 - length else "something follows the arrays"
+        raise _Damage(f"{cut}: its header tells of {at} bytes of arrays, the file has {size - 8 - length}")
+    return {name: (shape, begin) for begin, _, name, shape in rows}, metadata, at
+
+
+def _entry(name: str, value: Any) -> tuple[int, int, str, tuple[int, ...]]:
+    """(begin, end, name, shape) of one row of the header."""
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _Damage(f"its header is damaged ({name:.100}: expected dtype, shape and data_offsets)")
+    if value["dtype"] != "F32":
+        raise _Damage(f"{name:.100}: expected dtype F32, got {value['dtype']!r:.40}")
+    shape, offsets = value["shape"], value["data_offsets"]
+    if not (_is_numbers(shape) and _is_numbers(offsets) and len(offsets) == 2):
+        raise _Damage(f"its header is damaged ({name:.100}: expected lists of whole numbers from 0)")
+    begin, end = offsets
+    # The size first: a shape may be long, and a product of large numbers longer.
+    if len(shape) > 8 or max(shape, default=0) > LARGEST or math.prod(shape) * ITEM != end - begin:
+        raise _Damage(f"its header is damaged ({name:.100}: {end - begin} bytes for the shape {shape!r:.80})")
+    return begin, end, name, tuple(shape)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found

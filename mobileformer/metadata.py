@@ -1,0 +1,142 @@
+"""What a file of ours says of itself, as text beside its arrays. No torch here: the inference engine reads it too."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
+
+if TYPE_CHECKING:
+    from mobileformer.model import Model
+
+__all__ = ["Metadata", "WeightsError", "decode", "describe", "encode"]
+
+
+class WeightsError(ValueError):
+    """A weight file, or a state dict, that cannot be used; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What a weight file says of itself.
+
+    labels: one name a class. mean, std: one number a channel, of what the input is normalised with (pixels in
+    [0, 1]).
+    """
+
+    variant: str
+    num_classes: int
+    in_chans: int
+    spatial_dynamic_relu: bool = False
+    labels: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def describe(
+    model: Model,
+    *,
+    labels: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Metadata:
+    """What a file made from `model` will say: for 3 channels ImageNet's mean and std where none are given.
+
+    Raises ValueError when there are not as many labels as classes, or numbers as channels, or for a mean or std that
+    nothing can be normalised with.
+    """
+    if model.in_chans == len(IMAGENET_MEAN):
+        mean = IMAGENET_MEAN if mean is None else mean
+        std = IMAGENET_STD if std is None else std
+    metadata = Metadata(
+        variant=model.variant,
+        num_classes=model.num_classes,
+        in_chans=model.in_chans,
+        spatial_dynamic_relu=model.spatial_dynamic_relu,
+        labels=None if labels is None else tuple(labels),
+        mean=None if mean is None else tuple(map(float, mean)),
+        std=None if std is None else tuple(map(float, std)),
+    )
+    _check(metadata)
+    return metadata
+
+
+def encode(metadata: Metadata, *, form: str, version: int) -> dict[str, str]:
+    """As the text metadata of a safetensors file, under the name and version of a file format of ours."""
+    header = {
+        "format": form,
+        "format_version": str(version),
+        "variant": metadata.variant,
+        "num_classes": str(metadata.num_classes),
+        "in_chans": str(metadata.in_chans),
+        "spatial_dynamic_relu": json.dumps(metadata.spatial_dynamic_relu),
+    }
+    for key in ("labels", "mean", "std"):
+        values = getattr(metadata, key)
+        if values is not None:
+            header[key] = json.dumps(list(values), ensure_ascii=False)
+    return header
+
+
+def decode(header: Mapping[str, str], name: str, *, form: str, version: int) -> Metadata | None:
+    """The reverse of `encode`, or None for a file of another format; `name` is how errors call the file.
+
+    Raises WeightsError for metadata that is damaged, of a later version or of an unknown variant.
+    """
+    if header.get("format") != form:
+        return None
+    try:
+        found = int(header["format_version"])
+        if found > version:
+            raise WeightsError(f"{name}: format version {found}, this package reads up to {version}; update it")
+        spatial = json.loads(header["spatial_dynamic_relu"])
+        if not isinstance(spatial, bool):
+            raise TypeError(f"spatial_dynamic_relu: expected true or false, got {spatial!r}")
+        metadata = Metadata(
+            variant=header["variant"],
+            num_classes=int(header["num_classes"]),
+            in_chans=int(header["in_chans"]),
+            spatial_dynamic_relu=spatial,
+            labels=_list(header, "labels", str),
+            mean=_list(header, "mean", float),
+            std=_list(header, "std", float),
+        )
+        _check(metadata)
+    except WeightsError:
+        raise
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise WeightsError(f"{name}: its metadata is damaged ({error!r})") from error
+    if metadata.variant not in VARIANTS:
+        raise WeightsError(f"{name}: holds the unknown variant {metadata.variant!r}")
+    return metadata
+
+
+def _list(header: Mapping[str, str], key: str, kind: type) -> tuple[Any, ...] | None:
+    if key not in header:
+        return None
+    values = json.loads(header[key])
+    if not isinstance(values, list):
+        raise TypeError(f"{key}: expected a list, got {type(values).__name__}")
+    return tuple(map(kind, values))
+
+
+def _check(metadata: Metadata) -> None:
+    for key in ("num_classes", "in_chans"):
+        if getattr(metadata, key) < 1:
+            raise ValueError(f"{key}: expected at least 1, got {getattr(metadata, key)}")
+    _check_length("labels", metadata.labels, metadata.num_classes, "classes")
+    _check_length("mean", metadata.mean, metadata.in_chans, "channels")
+    _check_length("std", metadata.std, metadata.in_chans, "channels")
+    if not all(map(math.isfinite, metadata.mean or ())):
+        raise ValueError(f"mean: expected finite numbers, got {metadata.mean}")
+    if not all(math.isfinite(value) and value > 0 for value in metadata.std or ()):
+        raise ValueError(f"std: expected positive numbers, got {metadata.std}")
+
+
+def _check_length(key: str, values: Sequence[Any] | None, expected: int, what: str) -> None:
+    if values is not None and len(values) != expected:
+        raise ValueError(f"{key}: expected {expected}, one for each of the {what}, got {len(values)}")
