@@ -1,0 +1,207 @@
+// mobileformer._engine: the network for Python. The only file here that knows Python.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "engine/network.h"
+
+namespace py = pybind11;
+
+namespace mf::engine {
+namespace {
+
+using Floats = py::array_t<float, py::array::c_style>;
+
+Config read_config(const py::dict& given) {
+  const auto number = [](const py::handle& from, const char* key) { return py::cast<int>(from[key]); };
+  Config config;
+  config.in_chans = number(given, "in_chans");
+  config.stem_channels = number(given, "stem_channels");
+  config.num_tokens = number(given, "num_tokens");
+  config.token_dim = number(given, "token_dim");
+  config.hidden_features = number(given, "hidden_features");
+  config.groups = number(given, "groups");
+  config.num_classes = number(given, "num_classes");
+  config.spatial_dynamic_relu = py::cast<bool>(given["spatial_dynamic_relu"]);
+  for (const py::handle& each : given["blocks"]) {
+    const auto kind = py::cast<std::string>(each["kind"]);
+    if (kind != "lite" && kind != "same" && kind != "down") {
+      throw std::invalid_argument("config: kind: expected lite, same or down, got " + kind);
+    }
+    config.blocks.push_back({kind == "lite" ? Kind::lite : kind == "same" ? Kind::same : Kind::down,
+                             number(each, "out_channels"), number(each, "expansion"), number(each, "second_expansion"),
+                             number(each, "stride")});
+  }
+  if (!given["mean"].is_none()) config.mean = py::cast<std::vector<float>>(given["mean"]);
+  if (!given["std"].is_none()) config.std = py::cast<std::vector<float>>(given["std"]);
+  return config;
+}
+
+const Kernels& choose(const std::string& isa) {
+  const std::vector<const Kernels*> able = runnable();
+  if (isa.empty()) return *able.back();
+  std::string names;
+  for (const Kernels* level : able) {
+    if (isa == level->name) return *level;
+    names += (names.empty() ? "" : ", ") + std::string(level->name);
+  }
+  throw std::invalid_argument("isa: expected one of " + names + ", got " + isa);
+}
+
+std::vector<std::string> names_of(const std::vector<const Kernels*>& levels) {
+  std::vector<std::string> names;
+  for (const Kernels* level : levels) names.push_back(level->name);
+  return names;
+}
+
+std::string shape_text(const py::array& array) { return py::cast<std::string>(py::str(array.attr("shape"))); }
+
+class PyNetwork {
+ public:
+  PyNetwork(const py::dict& config, const py::dict& given, const std::string& dtype, int threads,
+            const std::string& isa) {
+    if (dtype != "float32" && dtype != "bfloat16") {
+      throw std::invalid_argument("dtype: expected float32 or bfloat16, got " + dtype);
+    }
+    if (threads < 1) throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
+    Arrays arrays;
+    std::vector<Floats> held;
+    for (const auto& [key, value] : given) {
+      const auto name = py::cast<std::string>(key);
+      if (!py::isinstance<Floats>(value)) {
+        throw std::invalid_argument("arrays: " + name + ": expected a contiguous float32 array");
+      }
+      held.push_back(py::cast<Floats>(value));
+      const Floats& array = held.back();
+      arrays[name] = {array.data(), std::vector<long>(array.shape(), array.shape() + array.ndim())};
+    }
+    const Kernels& kernels = choose(isa);
+    const Config read = read_config(config);
+    py::gil_scoped_release release;
+    network_ = std::make_unique<Network>(read, arrays, dtype == "bfloat16", threads, kernels);
+  }
+
+  Floats forward(const py::array& x) const {
+    const Images images = read(x);
+    Floats logits({images.batch, network_->config.num_classes});
+    float* to = logits.mutable_data();
+    py::gil_scoped_release release;
+    network_->run(images, to);
+    return logits;
+  }
+
+  py::tuple forward_features(const py::array& x) const {
+    const Images images = read(x);
+    Extras extras;
+    py::list maps;
+    for (const MapShape& shape : network_->map_shapes(images.height, images.width)) {
+      Floats map({images.batch, shape.channels, shape.height, shape.width});
+      extras.maps.push_back(map.mutable_data());
+      maps.append(map);
+    }
+    Floats tokens({images.batch, network_->config.num_tokens, network_->config.token_dim});
+    extras.tokens = tokens.mutable_data();
+    {
+      py::gil_scoped_release release;
+      network_->run(images, nullptr, extras);
+    }
+    return py::make_tuple(maps, tokens);
+  }
+
+  py::dict stages(const py::array& x) const {
+    const Images images = read(x);
+    Stages stages;
+    stages.batch = images.batch;
+    Extras extras;
+    extras.stages = &stages;
+    std::vector<float> logits(size_t(images.batch) * network_->config.num_classes);
+    {
+      py::gil_scoped_release release;
+      network_->run(images, logits.data(), extras);
+    }
+    py::dict result;
+    for (const std::string& name : stages.order) {
+      const Stages::Stage& stage = stages.named.at(name);
+      std::vector<long> shape{images.batch};
+      shape.insert(shape.end(), stage.shape.begin(), stage.shape.end());
+      Floats values(shape);
+      std::copy(stage.values.begin(), stage.values.end(), values.mutable_data());
+      result[py::str(name)] = values;
+    }
+    return result;
+  }
+
+  py::list profile(const py::array& x, int repeats) const {
+    const Images images = read(x);
+    Profile profile;
+    Extras extras;
+    extras.profile = &profile;
+    std::vector<float> logits(size_t(images.batch) * network_->config.num_classes);
+    {
+      py::gil_scoped_release release;
+      for (int i = 0; i < repeats; ++i) network_->run(images, logits.data(), extras);
+    }
+    py::list rows;
+    for (const Profile::Row& row : profile.rows) {
+      rows.append(py::make_tuple(row.name, row.seconds / repeats, row.multiply_adds / repeats));
+    }
+    return rows;
+  }
+
+  std::string isa() const { return network_->kernels.name; }
+  std::string dtype() const { return network_->bf16 ? "bfloat16" : "float32"; }
+  int threads() const { return network_->threads; }
+
+ private:
+  Images read(const py::array& x) const {
+    const Config& config = network_->config;
+    const bool bytes = py::isinstance<py::array_t<uint8_t>>(x), floats = py::isinstance<py::array_t<float>>(x);
+    const int channel_axis = bytes ? 3 : 1;
+    if ((!bytes && !floats) || x.ndim() != 4 || x.shape(channel_axis) != config.in_chans ||
+        !(x.flags() & py::array::c_style)) {
+      const std::string C = std::to_string(config.in_chans);
+      throw std::invalid_argument("x: expected contiguous float32 (B, " + C + ", H, W) or uint8 (B, H, W, " + C +
+                                  "), got " + py::cast<std::string>(py::str(x.dtype())) + " " + shape_text(x));
+    }
+    Images images;
+    images.batch = int(x.shape(0));
+    images.channels = config.in_chans;
+    images.height = int(x.shape(bytes ? 1 : 2));
+    images.width = int(x.shape(bytes ? 2 : 3));
+    if (images.height < 32 || images.width < 32 || long(images.height) * images.width > (1L << 24)) {
+      throw std::invalid_argument("x: expected a height and width of at least 32 and at most 2^24 pixels, got " +
+                                  shape_text(x));
+    }
+    if (bytes && (int(config.mean.size()) != config.in_chans || int(config.std.size()) != config.in_chans)) {
+      throw std::invalid_argument("x: bytes are normalised with the network's mean and std, and it has none");
+    }
+    if (bytes) {
+      images.bytes = static_cast<const uint8_t*>(x.data());
+    } else {
+      images.floats = static_cast<const float*>(x.data());
+    }
+    return images;
+  }
+
+  std::unique_ptr<Network> network_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_engine, module) {
+  module.doc() = "Inference of a folded Mobile-Former on the CPU; see mobileformer.inference.Engine";
+  module.def("isas", [] { return names_of(runnable()); }, "Instruction sets that this CPU runs, the best one last");
+  module.def("compiled", [] { return names_of(compiled()); }, "Instruction sets that were compiled");
+  py::class_<PyNetwork>(module, "Network")
+      .def(py::init<const py::dict&, const py::dict&, const std::string&, int, const std::string&>(), py::arg("config"),
+           py::arg("arrays"), py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("isa") = "")
+      .def("forward", &PyNetwork::forward, py::arg("x"))
+      .def("forward_features", &PyNetwork::forward_features, py::arg("x"))
+      .def("stages", &PyNetwork::stages, py::arg("x"))
+      .def("profile", &PyNetwork::profile, py::arg("x"), py::arg("repeats") = 10)
+      .def_property_readonly("isa", &PyNetwork::isa)
+      .def_property_readonly("dtype", &PyNetwork::dtype)
+      .def_property_readonly("threads", &PyNetwork::threads);
+}
+
+}  // namespace mf::engine

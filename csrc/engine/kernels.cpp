@@ -1,0 +1,71 @@
+// The kernels of every instruction set, and the table of each. Compiled once per set, see engine/levels.h.
+#include "engine/levels.h"
+
+#ifdef MF_LEVEL
+
+#include "engine/vector.h"
+
+#include "engine/pointwise.h"
+
+#include "engine/depthwise.h"
+
+#include "engine/attention.h"
+
+#include "engine/tokens.h"
+
+namespace mf::engine::MF_LEVEL {
+
+#define MF_NAME_TEXT(name) #name
+#define MF_NAME(name) MF_NAME_TEXT(name)
+#if defined(MF_LEVEL_PAIRS)
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
+
+extern const Kernels KERNELS = {
+    MF_NAME(MF_LEVEL), LANES,      PAIRS,            pointwise,    depthwise, mobile_to_former,
+    former_to_mobile,  layer_norm, former_attention, spatial_relu, to_half, mean,
+};
+
+#undef MF_NAME
+#undef MF_NAME_TEXT
+
+}  // namespace mf::engine::MF_LEVEL
+
+#else
+
+namespace mf::engine {
+namespace {
+
+#if defined(__x86_64__)
+const Kernels* const LEVELS[] = {&baseline::KERNELS, &avx2::KERNELS, &avx512::KERNELS, &avx512bf16::KERNELS};
+
+bool runs(const Kernels* level) {
+  if (level == &baseline::KERNELS) return true;
+  if (level == &avx2::KERNELS) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return level == &avx512::KERNELS ? avx512 : avx512 && __builtin_cpu_supports("avx512bf16");
+}
+#else
+const Kernels* const LEVELS[] = {&baseline::KERNELS};
+
+bool runs(const Kernels*) { return true; }
+#endif
+
+}  // namespace
+
+std::vector<const Kernels*> compiled() { return {std::begin(LEVELS), std::end(LEVELS)}; }
+
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> able;
+  for (const Kernels* level : LEVELS) {
+    if (runs(level)) able.push_back(level);
+  }
+  return able;
+}
+
+}  // namespace mf::engine
+
+#endif

@@ -1,0 +1,116 @@
+// What the network asks of an instruction set: one table of functions, filled once per set from kernels.cpp.
+//
+// Legend: P positions of a map, row by row; C K N channels; M tokens. Channels lie in blocks of 16, and a block is
+// P groups of 16 floats, so a map is [blocks][P][16] and one position of one block is one or more whole vectors.
+// A map may have a border of zeros one position wide; pointers then point at the first position inside.
+// What fills up the last block is zero.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace mf::engine {
+
+constexpr int BLOCK = 16;          // channels of a block
+constexpr int MAX_TOKENS = 8;      // M
+constexpr int BRIDGE_HEADS = 2;    // of both bridges; lane h * 8 + m of a score vector is head h, token m
+constexpr int FORMER_HEADS = 4;    // of the attention among tokens
+
+enum class Act { identity, relu6, relu, hardswish, gelu, hard_sigmoid, dynamic_relu };
+
+// How the products of a layer are taken.
+enum class Format {
+  f32,           // float map, float weight
+  bf16,          // bfloat16 map, bfloat16 weight, two inputs at a time
+  bf16_weight,   // float map, bfloat16 weight: where a layer is as slow as its weight arrives
+};
+
+// One group of a pointwise layer, ready for one instruction set.
+// f32, bf16_weight: weight [panel][depth][vectors of the panel]; bf16: [panel][depth][vectors][2], pairs of inputs.
+struct Products {
+  Format format = Format::f32;
+  int depth = 0;                      // inputs, or pairs of inputs
+  const int32_t* offsets = nullptr;   // [depth] where an input lies relative to a position, in elements
+  const void* weight = nullptr;
+  int vectors = 0;                    // of outputs, in vectors of the instruction set
+};
+
+// What happens to the sums of a layer. All channel vectors begin at the group's first output.
+struct Epilogue {
+  const float* bias = nullptr;    // [16 blocks], or null
+  const float* slope1 = nullptr;  // dynamic_relu: max(slope1 y, slope2 y)
+  const float* slope2 = nullptr;
+  Act act = Act::identity;
+  int width = 1;                    // position p is column p % width of row p / width
+  const float* residual = nullptr;  // added last, or null
+  ptrdiff_t residual_block = 0;     // floats between its blocks
+  ptrdiff_t residual_row = 0;       // floats between its rows
+  float* out = nullptr;             // or null
+  ptrdiff_t out_block = 0;
+  ptrdiff_t out_row = 0;
+  uint16_t* half = nullptr;  // the same as bfloat16, without border, or null
+  ptrdiff_t half_block = 0;
+};
+
+struct Depthwise {
+  const float* in = nullptr;  // one block, with border; first input position of output (0, 0)'s window centre
+  ptrdiff_t in_row = 0;       // floats
+  int stride = 1;
+  int width = 0;                  // of the output
+  const float* weight = nullptr;  // [9][16]
+  const float* bias = nullptr;    // [16]
+  const float* slope1 = nullptr;
+  const float* slope2 = nullptr;
+  Act act = Act::identity;
+  float* out = nullptr;      // one block without border, or null
+  uint16_t* half = nullptr;  // one block without border, or null
+};
+
+// The positions of a map as the attentions walk them: `rows` runs of `width` positions.
+struct Walk {
+  const float* x = nullptr;
+  ptrdiff_t block = 0;  // floats between blocks
+  ptrdiff_t row = 0;    // floats between rows
+  int width = 0;
+  int rows = 0;
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;        // floats of a vector
+  bool pairs;       // bfloat16 products in hardware
+  // positions [begin, end) of panels [first, last) of one group; `a` is position 0, `stride` elements from one to the next
+  void (*pointwise)(const Products&, const Epilogue&, const void* a, ptrdiff_t stride, int begin, int end, int first,
+                    int last);
+  void (*depthwise)(const Depthwise&, int first_row, int last_row);
+  // Mobile-to-Former over some rows: most [16] and sum [16] by (head, token), sums [2][blocks][M][16] of weighted x
+  void (*mobile_to_former)(const Walk&, const Products& queries, int C, int M, float* most, float* sum, float* sums,
+                           float* scores);
+  // Former-to-Mobile: x += values weighted by the softmax over tokens; values [2][blocks][M][16], zero in other heads
+  void (*former_to_mobile)(const Walk&, const Products& keys, const float* values, int C, int M, float* out,
+                           uint16_t* half, ptrdiff_t half_block);
+  void (*layer_norm)(float* x, const float* weight, const float* bias, int D, int M);            // x [M][D]
+  void (*former_attention)(const float* q, const float* tokens, float* out, int D, int M);       // [M][D] each
+  // x [rows][16] of one block: max(s1 x, s2 x), s = the mix [positions][8] of the tokens' slopes [2][M][16]
+  void (*spatial_relu)(float* x, ptrdiff_t row, int width, int rows, const float* mix, const float* slopes, int M);
+  void (*to_half)(const float* x, ptrdiff_t count, uint16_t* half);  // count: whole blocks
+  void (*mean)(const float* x, int positions, float* out);  // one block: [positions][16] -> hardswish of the mean [16]
+};
+
+// How a layer's vectors of outputs are dealt into panels of three: 3 3 3, 3 3 2, or 3 2 2 rather than 3 3 1.
+constexpr int panel_count(int vectors) { return (vectors + 2) / 3; }
+constexpr int first_vector(int vectors, int panel) {
+  const bool two_twos = vectors % 3 == 1 && vectors > 1 && panel == panel_count(vectors) - 1;
+  return 3 * panel - (two_twos ? 1 : 0);
+}
+constexpr int panel_vectors(int vectors, int panel) {
+  const int next = panel + 1 < panel_count(vectors) ? first_vector(vectors, panel + 1) : vectors;
+  return next - first_vector(vectors, panel);
+}
+
+// The instruction sets that were compiled, and those of them that this CPU runs; the best one last.
+std::vector<const Kernels*> compiled();
+std::vector<const Kernels*> runnable();
+
+}  // namespace mf::engine

@@ -1,0 +1,68 @@
+// One image through the network, as one member of the team sees it: each step is this member's share of it, and a
+// sync stands wherever a member needs what another one made.
+#pragma once
+
+#include "engine/network.h"
+
+namespace mf::engine {
+
+class Pass {
+ public:
+  Pass(const Network& network, const Weights& weights, Workspace& space, Worker& worker, const Extras& extras,
+       const std::vector<MapShape>& shapes, int image)
+      : network(network), weights(weights), space(space), worker(worker), extras(extras), shapes(shapes), image(image) {}
+
+  void run(const Images&);
+
+ private:
+  const Network& network;
+  const Weights& weights;
+  Workspace& space;
+  Worker& worker;
+  const Extras& extras;
+  const std::vector<MapShape>& shapes;
+  const int image;
+
+  void stem(const Images&);
+  void image_rows(const Images&, int y);
+  void lite(const Block&, BlockSpace&, const Map& in);
+  void same(const Block&, BlockSpace&, const Map& in);
+  void down(const Block&, BlockSpace&, const Map& in);
+  void head(const Map& in);
+
+  // tokens
+  void linear(const Linear&, const float* in, int in_row, int rows, float* out, int out_row, Act = Act::identity,
+              const float* residual = nullptr);
+  void gather(const MobileToFormer&, const Map& in, float* queries, const std::vector<int32_t>& offsets);
+  void token_side(const Block&, BlockSpace&, const Map& in);
+  void slopes(const TokenSide&, int which, int places);
+  void mix_tokens(const Map& in, int height, int width);
+  void spread(const Block&, BlockSpace&);
+
+  // maps
+  void pointwise(const Pointwise&, const Offsets&, const void* in, Map& out, const Map* residual, bool half,
+                 int begin, int end, bool by_panels = false);
+  void project(const Pointwise&, const Offsets&, Map& out, const Map* residual, bool half);
+  void depthwise(const DepthwiseLayer&, const float* in, ptrdiff_t in_row, const Map& out, int block, const float* slopes,
+                 Act, int first_row, int last_row);
+  void depthwise_strips(const std::string& stage, const DepthwiseLayer&, const Map& in, const float* slopes, Act,
+                        const Pointwise&, const Offsets&, Map& out, const Map* residual, bool half);
+  void spatial_relu(float* x, ptrdiff_t row, int width, int first_row, int last_row, const float* slopes, int places,
+                    int block);
+
+  // for whoever looks inside; nothing otherwise
+  void dump(const std::string& stage, const Map&);
+  void dump_block(const std::string& stage, const float* data, ptrdiff_t row, int height, int width, const Places&,
+                  int block);
+  void dump_flat(const std::string& stage, const Places&, int height, int width);
+  void dump_tokens(const std::string& stage);
+  void mark(const std::string& stage, double multiply_adds = 0);
+
+  bool leader() const { return worker.rank == 0; }
+  bool spatial() const { return network.config.spatial_dynamic_relu; }
+
+  std::string name_;  // of the block at work, "blocks.3"
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace mf::engine

@@ -1,0 +1,354 @@
+// The convolutions of one image.
+#include <algorithm>
+#include <cstring>
+
+#include "engine/pass.h"
+
+namespace mf::engine {
+namespace {
+
+constexpr size_t STRIP_BYTES = 256 * 1024;  // of a depthwise output that stays in the second-level cache until it is read
+
+double multiply_adds(const Pointwise& layer, int positions) {
+  return double(layer.inputs) * layer.outputs * positions;
+}
+
+double multiply_adds(const DepthwiseLayer& layer, int positions) {
+  return 9.0 * std::count_if(layer.places.begin(), layer.places.end(), [](int place) { return place >= 0; }) * positions;
+}
+
+}  // namespace
+
+void Pass::run(const Images& images) {
+  stem(images);
+  if (leader()) std::copy_n(weights.tokens, network.config.num_tokens * network.config.token_dim, space.tokens);
+  worker.sync();
+  const Map* in = &space.stem;
+  size_t level = 0;
+  for (size_t i = 0; i < weights.blocks.size(); ++i) {
+    const Block& block = weights.blocks[i];
+    BlockSpace& own = space.blocks[i];
+    name_ = "blocks." + std::to_string(i);
+    switch (block.config.kind) {
+      case Kind::lite: lite(block, own, *in); break;
+      case Kind::same: same(block, own, *in); break;
+      case Kind::down: down(block, own, *in); break;
+    }
+    dump(name_, own.out);
+    if (level < shapes.size() && shapes[level].block == int(i)) {
+      if (!extras.maps.empty() && leader()) {
+        const Map& map = own.out;
+        float* to = extras.maps[level] + size_t(image) * map.channels * map.positions();
+        for (int c = 0; c < map.channels; ++c) {
+          for (int y = 0; y < map.height; ++y) {
+            const float* from = map.data + c / BLOCK * map.block + y * map.row + c % BLOCK;
+            for (int x = 0; x < map.width; ++x) *to++ = from[x * BLOCK];
+          }
+        }
+      }
+      ++level;
+    }
+    in = &own.out;
+  }
+  name_ = "";
+  gather(weights.gather, *in, space.gather_queries, space.gather_offsets);
+  dump_tokens("tokens");
+  if (extras.tokens && leader()) {
+    const size_t count = size_t(network.config.num_tokens) * network.config.token_dim;
+    std::copy_n(space.tokens, count, extras.tokens + image * count);
+  }
+  head(*in);
+}
+
+// The three rows of the image under the windows of output row y, with a column of zeros at either end
+void Pass::image_rows(const Images& images, int y) {
+  const int W = images.width, channels = images.channels;
+  float* to = space.scratch[worker.rank].image_rows;
+  for (int c = 0; c < channels; ++c) {
+    for (int r = 0; r < 3; ++r, to += W + 2) {
+      const int row = 2 * y + r - 1;
+      if (row < 0 || row >= images.height) {
+        std::fill_n(to, W + 2, 0.0f);
+      } else if (images.floats) {
+        std::copy_n(images.floats + ((size_t(image) * channels + c) * images.height + row) * W, W, to + 1);
+      } else {
+        const uint8_t* from = images.bytes + (size_t(image) * images.height + row) * W * channels + c;
+        const float scale = 1.0f / (255.0f * network.config.std[c]);
+        const float shift = network.config.mean[c] / network.config.std[c];
+        for (int x = 0; x < W; ++x) to[x + 1] = float(from[x * channels]) * scale - shift;
+      }
+    }
+  }
+}
+
+void Pass::stem(const Images& images) {
+  const Linear& layer = weights.stem;
+  Map& out = space.stem;
+  Products products = layer.products;
+  products.offsets = space.stem_offsets.data();
+  int first, last;
+  worker.share(out.height, 1, &first, &last);
+  for (int y = first; y < last; ++y) {
+    image_rows(images, y);
+    Epilogue e;
+    e.bias = layer.bias;
+    e.act = Act::relu6;
+    e.width = out.width;
+    e.out = out.data + y * out.row;
+    e.out_block = out.block;
+    network.kernels.pointwise(products, e, space.scratch[worker.rank].image_rows, 2, 0, out.width, 0,
+                              panel_count(products.vectors));
+  }
+  worker.sync();
+  dump("stem", out);
+  mark("stem", double(layer.inputs) * layer.outputs * out.positions());
+}
+
+void Pass::pointwise(const Pointwise& layer, const Offsets& offsets, const void* in, Map& out, const Map* residual,
+                     bool half, int begin, int end, bool by_panels) {
+  const bool ordered = layer.groups.size() == 1;
+  for (size_t g = 0; g < layer.groups.size(); ++g) {
+    Products products = layer.groups[g].products;
+    products.offsets = offsets[g].data();
+    const ptrdiff_t first_block = ptrdiff_t(g) * layer.group_blocks;
+    Epilogue e;
+    e.bias = layer.bias + first_block * BLOCK;
+    e.width = out.width;
+    if (ordered) {
+      e.out = out.data;
+      e.out_block = out.block;
+      e.out_row = out.row;
+      if (residual) {
+        e.residual = residual->data;
+        e.residual_block = residual->block;
+        e.residual_row = residual->row;
+      }
+      if (half) {
+        e.half = out.half;
+        e.half_block = out.half_block;
+      }
+    } else {
+      e.out_block = ptrdiff_t(out.positions()) * BLOCK;
+      e.out_row = ptrdiff_t(out.width) * BLOCK;
+      e.out = space.grouped + first_block * e.out_block;
+    }
+    int first = 0, last = panel_count(products.vectors);
+    if (by_panels) worker.share(last, 1, &first, &last);
+    network.kernels.pointwise(products, e, in, BLOCK, begin, end, first, last);
+  }
+}
+
+// A pointwise layer from `flat` to a map, whose channels a grouped one then has to put in order
+void Pass::project(const Pointwise& layer, const Offsets& offsets, Map& out, const Map* residual, bool half) {
+  const void* in = network.bf16 ? static_cast<const void*>(space.flat.half) : space.flat.data;
+  const int P = out.positions();
+  const bool ordered = layer.groups.size() == 1;
+  const bool by_panels = P < 128 && ordered;
+  int begin = 0, end = P;
+  if (!by_panels) worker.share(P, 14, &begin, &end);
+  pointwise(layer, offsets, in, out, residual, half, begin, end, by_panels);
+  if (ordered) return;
+  const int each = layer.outputs / int(layer.groups.size());
+  for (int n = 0; n < layer.outputs; ++n) {
+    const int place = n / each * layer.group_blocks * BLOCK + n % each, target = layer.target[n];
+    const float* from = space.grouped + ptrdiff_t(place / BLOCK) * P * BLOCK + place % BLOCK;
+    const ptrdiff_t block = target / BLOCK, lane = target % BLOCK;
+    int y = begin / out.width, x = begin % out.width;
+    for (int p = begin; p < end; ++p) {
+      float value = from[ptrdiff_t(p) * BLOCK];
+      if (residual) value += residual->data[block * residual->block + y * residual->row + x * BLOCK + lane];
+      out.data[block * out.block + y * out.row + x * BLOCK + lane] = value;
+      if (++x == out.width) x = 0, ++y;
+    }
+  }
+  if (!half) return;
+  for (int b = 0; b < out.blocks; ++b) {
+    network.kernels.to_half(out.data + b * out.block + ptrdiff_t(begin) * BLOCK, ptrdiff_t(end - begin) * BLOCK,
+                            out.half + b * out.half_block + ptrdiff_t(begin) * BLOCK);
+  }
+}
+
+void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_row, const Map& out, int block,
+                     const float* slopes, Act act, int first_row, int last_row) {
+  Depthwise d;
+  d.in = in;
+  d.in_row = in_row;
+  d.stride = layer.stride;
+  d.width = out.width;
+  d.weight = layer.weight + ptrdiff_t(block) * 9 * BLOCK;
+  d.bias = layer.bias + ptrdiff_t(block) * BLOCK;
+  d.act = act;
+  if (act == Act::dynamic_relu && !spatial()) {
+    d.slope1 = slopes + ptrdiff_t(block) * BLOCK;
+    d.slope2 = d.slope1 + layer.places.size();
+  }
+  const ptrdiff_t plane = ptrdiff_t(out.positions()) * BLOCK;
+  if (act == Act::dynamic_relu && spatial()) {
+    float* plain = network.bf16 ? space.scratch[worker.rank].plane : space.flat.data + block * plane;
+    d.act = Act::identity;
+    d.out = plain;
+    network.kernels.depthwise(d, first_row, last_row);
+    spatial_relu(plain + ptrdiff_t(first_row) * out.width * BLOCK, ptrdiff_t(out.width) * BLOCK, out.width, first_row,
+                 last_row, slopes, int(layer.places.size()), block);
+    if (network.bf16) {
+      const ptrdiff_t begin = ptrdiff_t(first_row) * out.width * BLOCK, end = ptrdiff_t(last_row) * out.width * BLOCK;
+      network.kernels.to_half(plain + begin, end - begin, space.flat.half + block * plane + begin);
+    }
+    return;
+  }
+  if (network.bf16) {
+    d.half = space.flat.half + block * plane;
+  } else {
+    d.out = space.flat.data + block * plane;
+  }
+  network.kernels.depthwise(d, first_row, last_row);
+}
+
+// One block of channels, rows [first_row, last_row) of it beginning at x; slopes [M][2][places]
+void Pass::spatial_relu(float* x, ptrdiff_t row, int width, int first_row, int last_row, const float* slopes, int places,
+                        int block) {
+  const int M = network.config.num_tokens;
+  float both[2 * MAX_TOKENS * BLOCK];
+  for (int line = 0; line < 2; ++line) {
+    for (int m = 0; m < M; ++m) {
+      std::copy_n(slopes + ptrdiff_t(2 * m + line) * places + block * BLOCK, BLOCK, both + (line * M + m) * BLOCK);
+    }
+  }
+  network.kernels.spatial_relu(x, row, width, last_row - first_row,
+                               space.mix + ptrdiff_t(first_row) * width * MAX_TOKENS, both, M);
+}
+
+// Depthwise, then pointwise: rows of the first stay in the cache until the second has read them
+void Pass::depthwise_strips(const std::string& stage, const DepthwiseLayer& layer, const Map& in, const float* slopes, Act act,
+                            const Pointwise& then, const Offsets& offsets, Map& out, const Map* residual, bool half) {
+  const int blocks = int(layer.in_block.size());
+  const bool ordered = then.groups.size() == 1 && !extras.stages;
+  const size_t row_bytes = layer.places.size() * out.width * (network.bf16 ? 2 : 4);
+  const int strip = ordered ? std::max(1, int(STRIP_BYTES / row_bytes)) : out.height;
+  int first, last;
+  worker.share(out.height, 1, &first, &last);
+  for (int y = first; y < last; y += strip) {
+    const int until = std::min(y + strip, last);
+    for (int b = 0; b < blocks; ++b) {
+      depthwise(layer, in.data + layer.in_block[b] * in.block, in.row, out, b, slopes, act, y, until);
+    }
+    if (ordered) {
+      const void* from = network.bf16 ? static_cast<const void*>(space.flat.half) : space.flat.data;
+      pointwise(then, offsets, from, out, residual, half, y * out.width, until * out.width);
+    }
+  }
+  if (!ordered) {
+    worker.sync();
+    dump_flat(stage, layer.places, out.height, out.width);
+    project(then, offsets, out, residual, half);
+  }
+  worker.sync();
+}
+
+void Pass::lite(const Block& block, BlockSpace& own, const Map& in) {
+  depthwise_strips(name_ + ".expand", block.depthwise, in, nullptr, Act::relu6, block.project, own.project, own.out,
+                   block.has_skip ? &in : nullptr, own.out.half != nullptr);
+  const int P = own.out.positions();
+  mark(name_ + ".expand, project", multiply_adds(block.depthwise, P) + multiply_adds(block.project, P));
+}
+
+void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
+  token_side(block, own, in);
+  if (spatial()) mix_tokens(in, own.height, own.width);
+  const Pointwise& expand = block.expand;
+  const void* from = network.bf16 ? static_cast<const void*>(in.half) : in.data;
+  const int places = int(block.depthwise.places.size());
+  float* panel = space.scratch[worker.rank].panel[&block - weights.blocks.data()];
+  const ptrdiff_t row = ptrdiff_t(own.width + 2) * BLOCK, plane = row * (own.height + 2);
+  float* inside = panel + row + BLOCK;
+
+  // A few blocks of the hidden map at a time: expanded, convolved, and never out of the cache
+  int first, last;
+  worker.share(int(block.windows.size()), 1, &first, &last);
+  for (int i = first; i < last; ++i) {
+    const Window& window = block.windows[i];
+    const ptrdiff_t group_block = ptrdiff_t(window.group) * expand.group_blocks;
+    Products products = expand.groups[window.group].products;
+    products.offsets = own.expand[window.group].data();
+    Epilogue e;
+    e.bias = expand.bias + group_block * BLOCK;
+    e.width = own.width;
+    e.out = inside - window.first_block * plane;  // where the group's first block would lie
+    e.out_block = plane;
+    e.out_row = row;
+    if (!spatial()) {
+      e.act = Act::dynamic_relu;
+      e.slope1 = space.slopes[0] + group_block * BLOCK;
+      e.slope2 = e.slope1 + places;
+    }
+    network.kernels.pointwise(products, e, from, BLOCK, 0, own.height * own.width, window.first_panel,
+                              window.last_panel);
+    const int first_block = int(group_block) + window.first_block;
+    for (int b = 0; b < window.blocks; ++b) {
+      float* x = inside + b * plane;
+      if (spatial()) spatial_relu(x, row, own.width, 0, own.height, space.slopes[0], places, first_block + b);
+      dump_block(name_ + ".expand", x, row, own.height, own.width, block.depthwise.places, first_block + b);
+    }
+    mark(name_ + ".expand");
+    for (int b = 0; b < window.blocks; ++b) {
+      depthwise(block.depthwise, inside + b * plane, row, own.out, first_block + b, space.slopes[1], Act::dynamic_relu,
+                0, own.height);
+    }
+    mark(name_ + ".depthwise");
+  }
+  worker.sync();
+  dump_flat(name_ + ".depthwise", block.depthwise.places, own.height, own.width);
+  project(block.project, own.project, own.out, block.has_skip ? &in : nullptr, false);
+  worker.sync();
+  const int P = own.out.positions();
+  mark(name_ + ".expand", multiply_adds(block.expand, P));
+  mark(name_ + ".depthwise", multiply_adds(block.depthwise, P));
+  mark(name_ + ".project", multiply_adds(block.project, P));
+  spread(block, own);
+}
+
+void Pass::down(const Block& block, BlockSpace& own, const Map& in) {
+  token_side(block, own, in);
+  if (spatial()) mix_tokens(in, own.height, own.width);
+  depthwise_strips(name_ + ".down", block.depthwise, in, space.slopes[0], Act::dynamic_relu, block.squeeze, own.squeeze, own.middle,
+                   nullptr, false);
+  dump(name_ + ".squeeze", own.middle);
+  const int P = own.out.positions();
+  mark(name_ + ".down, squeeze", multiply_adds(block.depthwise, P) + multiply_adds(block.squeeze, P));
+  depthwise_strips(name_ + ".expand", block.second, own.middle, space.slopes[1], Act::dynamic_relu, block.project, own.project, own.out,
+                   &own.middle, false);
+  mark(name_ + ".expand, project", multiply_adds(block.second, P) + multiply_adds(block.project, P));
+  spread(block, own);
+}
+
+void Pass::head(const Map& in) {
+  Map& out = space.head;
+  const Pointwise& layer = weights.head;
+  const void* from = network.bf16 ? static_cast<const void*>(in.half) : in.data;
+  for (size_t g = 0; g < layer.groups.size(); ++g) {
+    Products products = layer.groups[g].products;
+    products.offsets = space.head_offsets[g].data();
+    Epilogue e;
+    e.bias = layer.bias + ptrdiff_t(g) * layer.group_blocks * BLOCK;
+    e.act = Act::relu6;
+    e.width = out.width;
+    e.out_block = out.block;
+    e.out_row = out.row;
+    e.out = out.data + ptrdiff_t(g) * layer.group_blocks * out.block;
+    int first, last;
+    worker.share(panel_count(products.vectors), 1, &first, &last);
+    network.kernels.pointwise(products, e, from, BLOCK, 0, out.positions(), first, last);
+  }
+  worker.sync();
+  int first, last;
+  worker.share(out.blocks, 1, &first, &last);
+  for (int b = first; b < last; ++b) {
+    network.kernels.mean(out.data + b * out.block, out.positions(), space.joint + ptrdiff_t(b) * BLOCK);
+  }
+  if (leader()) std::copy_n(space.tokens, network.config.token_dim, space.joint + out.channels);
+  worker.sync();
+  if (extras.stages) std::copy_n(space.joint, out.channels, extras.stages->place("pooled", {out.channels}, image));
+  mark("head.expand", double(layer.inputs) * layer.outputs * out.positions());
+}
+
+}  // namespace mf::engine

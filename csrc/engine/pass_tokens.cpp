@@ -1,0 +1,294 @@
+// The tokens of one image, both bridges, and looking inside.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "engine/pass.h"
+
+namespace mf::engine {
+namespace {
+
+constexpr float LN_2 = 0.69314718055994531f;
+
+// weight (channel, lane) of a score product: lane h * 8 + m, in the panels of the instruction set
+void pack_scores(const Kernels& kernels, const float* rows, int row, int C, int M, float* packed) {
+  const int vectors = BLOCK / kernels.lanes;
+  for (int i = 0; i < panel_count(vectors); ++i) {
+    const int first = first_vector(vectors, i) * kernels.lanes, width = panel_vectors(vectors, i) * kernels.lanes;
+    float* panel = packed + ptrdiff_t(first) * C;
+    for (int c = 0; c < C; ++c) {
+      const int head = c < C / BRIDGE_HEADS ? 0 : 1;
+      for (int m = 0; m < M; ++m) {
+        const int lane = head * MAX_TOKENS + m - first;
+        if (lane >= 0 && lane < width) panel[ptrdiff_t(c) * width + lane] = rows[ptrdiff_t(m) * row + c];
+      }
+    }
+  }
+}
+
+Products score_products(const Kernels& kernels, int channels, const std::vector<int32_t>& offsets, const float* packed) {
+  Products products;
+  products.depth = channels;
+  products.offsets = offsets.data();
+  products.weight = packed;
+  products.vectors = BLOCK / kernels.lanes;
+  return products;
+}
+
+// A member's share of a map's positions
+Walk walk_of(const Map& map, const Worker& worker, int* begin) {
+  Walk walk;
+  walk.block = map.block;
+  walk.row = map.row;
+  int first, last;
+  if (map.row == ptrdiff_t(map.width) * BLOCK) {  // without border: one long row
+    worker.share(map.positions(), 14, &first, &last);
+    walk.rows = 1;
+    walk.width = last - first;
+    *begin = first;
+    walk.x = map.data + ptrdiff_t(first) * BLOCK;
+  } else {
+    worker.share(map.height, 1, &first, &last);
+    walk.rows = last - first;
+    walk.width = map.width;
+    *begin = first * map.width;
+    walk.x = map.data + first * map.row;
+  }
+  return walk;
+}
+
+}  // namespace
+
+void Pass::linear(const Linear& layer, const float* in, int in_row, int rows, float* out, int out_row, Act act,
+                  const float* residual) {
+  Products products = layer.products;
+  products.offsets = space.in_order.data();
+  Epilogue e;
+  e.bias = layer.bias;
+  e.act = act;
+  e.out = out;
+  e.out_block = BLOCK;
+  e.out_row = out_row;
+  e.residual = residual;
+  e.residual_block = BLOCK;
+  e.residual_row = out_row;
+  int first, last;
+  worker.share(panel_count(products.vectors), 1, &first, &last);
+  network.kernels.pointwise(products, e, in, in_row, 0, rows, first, last);
+  worker.sync();
+}
+
+// tokens <- norm(tokens + project(gate * attention of the tokens over the map's positions))
+void Pass::gather(const MobileToFormer& part, const Map& in, float* queries, const std::vector<int32_t>& offsets) {
+  const int M = network.config.num_tokens, D = network.config.token_dim, C = part.channels;
+  const int blocks = blocks_of(C), half_row = blocks * BLOCK, row = 2 * half_row;
+  linear(part.query_and_gate, space.tokens, D, M, space.query_gate, row);
+  if (leader()) pack_scores(network.kernels, space.query_gate, row, C, M, queries);
+  worker.sync();
+  mark(name_ + ".mobile_to_former, tokens");
+
+  Scratch& own = space.scratch[worker.rank];
+  const size_t sums_size = size_t(BRIDGE_HEADS) * blocks * M * BLOCK;
+  std::fill_n(own.most, BLOCK, -INFINITY);
+  std::fill_n(own.most + BLOCK, BLOCK, 0.0f);
+  std::fill_n(own.sums, sums_size, 0.0f);
+  int begin;
+  const Walk walk = walk_of(in, worker, &begin);
+  float* scores = space.scores ? space.scores + ptrdiff_t(begin) * BLOCK : nullptr;
+  network.kernels.mobile_to_former(walk, score_products(network.kernels, C, offsets, queries), C, M, own.most,
+                                   own.most + BLOCK, own.sums, scores);
+  worker.sync();
+  mark(name_ + ".mobile_to_former", 2.0 * C * M * in.positions());
+
+  if (leader()) {
+    float most[BLOCK], total[BLOCK] = {};
+    std::copy_n(own.most, BLOCK, most);
+    for (const Scratch& each : space.scratch) {
+      for (int i = 0; i < BLOCK; ++i) most[i] = std::max(most[i], each.most[i]);
+    }
+    std::fill_n(space.gathered, size_t(M) * half_row, 0.0f);
+    for (const Scratch& each : space.scratch) {
+      if (each.most[0] == -INFINITY) continue;  // a member without positions
+      for (int h = 0; h < BRIDGE_HEADS; ++h) {
+        for (int m = 0; m < M; ++m) {
+          const int lane = h * MAX_TOKENS + m;
+          const float share = space.scratch.size() == 1 ? 1.0f : std::exp2(each.most[lane] - most[lane]);
+          total[lane] += each.most[BLOCK + lane] * share;
+          const int first = h == 0 ? 0 : C / BRIDGE_HEADS, last = h == 0 ? C / BRIDGE_HEADS : C;
+          for (int c = first; c < last; ++c) {
+            const size_t at = ((size_t(h) * blocks + c / BLOCK) * M + m) * BLOCK + c % BLOCK;
+            space.gathered[m * half_row + c] += each.sums[at] * share;
+          }
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      const float* gate = space.query_gate + m * row + half_row;
+      for (int c = 0; c < C; ++c) {
+        const int lane = (c < C / BRIDGE_HEADS ? 0 : MAX_TOKENS) + m;
+        const float opened = std::min(std::max(gate[c] + 3.0f, 0.0f), 6.0f) / 3.0f;  // 2 hsig
+        space.gathered[m * half_row + c] *= opened / total[lane];
+      }
+    }
+  }
+  worker.sync();
+  linear(part.project, space.gathered, half_row, M, space.tokens, D, Act::identity, space.tokens);
+  if (leader()) network.kernels.layer_norm(space.tokens, part.norm.weight, part.norm.bias, D, M);
+  worker.sync();
+  mark(name_ + ".mobile_to_former, tokens",
+       double(M) * D * (part.query_and_gate.outputs + C));
+}
+
+void Pass::token_side(const Block& block, BlockSpace& own, const Map& in) {
+  const TokenSide& side = block.tokens;
+  const int M = network.config.num_tokens, D = network.config.token_dim;
+  gather(side.gather, in, own.queries, own.query_offsets);
+  dump_tokens(name_ + ".mobile_to_former");
+
+  linear(side.query, space.tokens, D, M, space.row, D);
+  if (leader()) network.kernels.former_attention(space.row, space.tokens, space.wide, D, M);
+  worker.sync();
+  linear(side.project, space.wide, D, M, space.tokens, D, Act::identity, space.tokens);
+  if (leader()) network.kernels.layer_norm(space.tokens, side.norm.weight, side.norm.bias, D, M);
+  worker.sync();
+  linear(side.ffn_expand, space.tokens, D, M, space.wide, 2 * D, Act::gelu);
+  linear(side.ffn_project, space.wide, 2 * D, M, space.tokens, D, Act::identity, space.tokens);
+  if (leader()) network.kernels.layer_norm(space.tokens, side.ffn_norm.weight, side.ffn_norm.bias, D, M);
+  worker.sync();
+  dump_tokens(name_ + ".tokens");
+  mark(name_ + ".former", 6.0 * M * D * D + 2.0 * M * M * D);
+
+  const int N = block.config.out_channels, half_row = blocks_of(N) * BLOCK;
+  linear(side.key_and_value, space.tokens, D, M, space.key_value, 2 * half_row);
+  if (leader()) {
+    pack_scores(network.kernels, space.key_value, 2 * half_row, N, M, own.keys);
+    for (int m = 0; m < M; ++m) {
+      const float* value = space.key_value + m * 2 * half_row + half_row;
+      for (int c = 0; c < N; ++c) {
+        const int head = c < N / BRIDGE_HEADS ? 0 : 1;
+        own.values[((size_t(head) * blocks_of(N) + c / BLOCK) * M + m) * BLOCK + c % BLOCK] = value[c];
+      }
+    }
+  }
+  const int rows = spatial() ? M : 1;  // slopes come from the first token, or from all of them
+  const int reduced_row = 2 * blocks_of(side.reduced) * BLOCK;
+  linear(side.reduce, space.tokens, D, rows, space.reduced, reduced_row, Act::relu);
+  slopes(side, 0, reduced_row);
+  slopes(side, 1, reduced_row);
+  mark(name_ + ".slopes, key, value",
+       double(M) * D * 2 * N + double(rows) * side.reduced * (2.0 * D + side.expand[0].outputs + side.expand[1].outputs));
+}
+
+// a1 = 2 theta1 and a2 = 2 theta2 - 1, in the order of the map they act on
+void Pass::slopes(const TokenSide& side, int which, int reduced_row) {
+  const Linear& layer = side.expand[which];
+  const int rows = spatial() ? network.config.num_tokens : 1, places = layer.outputs / 2;
+  float* to = space.slopes[which];
+  linear(layer, space.reduced + which * reduced_row / 2, reduced_row, rows, to, 2 * places, Act::hard_sigmoid);
+  int first, last;
+  worker.share(rows * 2 * places, BLOCK, &first, &last);
+  for (int i = first; i < last; ++i) to[i] = 2.0f * to[i] - (i % (2 * places) < places ? 0.0f : 1.0f);
+  worker.sync();
+}
+
+// What each position takes of each token: softmax over tokens of the bridge's scores, averaged over heads and, where
+// the block halves the map, over the window of an adaptive average pooling
+void Pass::mix_tokens(const Map& in, int height, int width) {
+  const int M = network.config.num_tokens;
+  int first, last;
+  worker.share(height, 1, &first, &last);
+  for (int y = first; y < last; ++y) {
+    const int top = y * in.height / height, bottom = ((y + 1) * in.height + height - 1) / height;
+    for (int x = 0; x < width; ++x) {
+      const int left = x * in.width / width, right = ((x + 1) * in.width + width - 1) / width;
+      float* mix = space.mix + (ptrdiff_t(y) * width + x) * MAX_TOKENS;
+      float most = -INFINITY, total = 0;
+      for (int m = 0; m < M; ++m) {
+        float sum = 0;
+        for (int i = top; i < bottom; ++i) {
+          for (int j = left; j < right; ++j) {
+            const float* score = space.scores + (ptrdiff_t(i) * in.width + j) * BLOCK;
+            sum += score[m] + score[MAX_TOKENS + m];
+          }
+        }
+        mix[m] = sum * LN_2 / float(BRIDGE_HEADS * (bottom - top) * (right - left));
+        most = std::max(most, mix[m]);
+      }
+      for (int m = 0; m < M; ++m) total += mix[m] = std::exp(mix[m] - most);
+      for (int m = 0; m < M; ++m) mix[m] /= total;
+    }
+  }
+  worker.sync();
+}
+
+// map <- map + attention of its positions over the tokens
+void Pass::spread(const Block& block, BlockSpace& own) {
+  const int N = block.config.out_channels, M = network.config.num_tokens;
+  int begin;
+  const Walk walk = walk_of(own.out, worker, &begin);
+  network.kernels.former_to_mobile(walk, score_products(network.kernels, N, own.key_offsets, own.keys), own.values, N, M,
+                                   const_cast<float*>(walk.x),
+                                   own.out.half ? own.out.half + ptrdiff_t(begin) * BLOCK : nullptr, own.out.half_block);
+  worker.sync();
+  mark(name_ + ".former_to_mobile", 2.0 * N * M * own.out.positions());
+}
+
+void Pass::dump(const std::string& stage, const Map& map) {
+  if (!extras.stages) return;
+  Places places(size_t(map.blocks) * BLOCK, -1);
+  for (int c = 0; c < map.channels; ++c) places[c] = c;
+  for (int b = 0; b < map.blocks; ++b) {
+    dump_block(stage, map.data + b * map.block, map.row, map.height, map.width, places, b);
+  }
+}
+
+void Pass::dump_block(const std::string& stage, const float* data, ptrdiff_t row, int height, int width,
+                      const Places& places, int block) {
+  if (!extras.stages) return;
+  const long channels = std::count_if(places.begin(), places.end(), [](int place) { return place >= 0; });
+  float* to = extras.stages->place(stage, {channels, height, width}, image);
+  for (int lane = 0; lane < BLOCK; ++lane) {
+    const int channel = places[block * BLOCK + lane];
+    if (channel < 0) continue;
+    for (int y = 0; y < height; ++y) {
+      for (int x = 0; x < width; ++x) {
+        to[(ptrdiff_t(channel) * height + y) * width + x] = data[y * row + x * BLOCK + lane];
+      }
+    }
+  }
+}
+
+void Pass::dump_flat(const std::string& stage, const Places& places, int height, int width) {
+  if (!extras.stages) return;
+  const ptrdiff_t plane = ptrdiff_t(height) * width * BLOCK;
+  std::vector<float> floats(plane);
+  for (int b = 0; b < int(places.size()) / BLOCK; ++b) {
+    const float* data = space.flat.data + b * plane;
+    if (network.bf16) {
+      for (ptrdiff_t i = 0; i < plane; ++i) {
+        const uint32_t bits = uint32_t(space.flat.half[b * plane + i]) << 16;
+        std::memcpy(&floats[i], &bits, sizeof(bits));
+      }
+      data = floats.data();
+    }
+    dump_block(stage, data, ptrdiff_t(width) * BLOCK, height, width, places, b);
+  }
+}
+
+void Pass::dump_tokens(const std::string& stage) {
+  if (!extras.stages) return;
+  const int M = network.config.num_tokens, D = network.config.token_dim;
+  std::copy_n(space.tokens, size_t(M) * D, extras.stages->place(stage, {M, D}, image));
+}
+
+// Time since the last mark goes to this stage
+void Pass::mark(const std::string& stage, double multiply_adds) {
+  if (!extras.profile || !leader()) return;
+  const auto now = std::chrono::steady_clock::now();
+  Profile::Row& row = (*extras.profile)[stage];
+  row.seconds += std::chrono::duration<double>(now - last_).count();
+  row.multiply_adds += multiply_adds;
+  last_ = std::chrono::steady_clock::now();
+}
+
+}  // namespace mf::engine

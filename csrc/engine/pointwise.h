@@ -1,0 +1,163 @@
+// Matrix products of a map with a weight: pointwise convolutions and linear layers. A tile of positions times a panel
+// of outputs is kept in registers while the inputs pass. No include guard: once per instruction set.
+
+namespace mf::engine::MF_LEVEL {
+
+// Positions of a tile for a panel of so many vectors: with its sums, the panel's weights and one input, it fills the
+// registers.
+constexpr int tile_rows(int vectors) {
+  return MF_LEVEL_REGISTERS == 32 ? (vectors == 3 ? 7 : vectors == 2 ? 12 : 14)
+                                  : (vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
+}
+
+template <int VECTORS>
+MF_INLINE void finish(V (&sums)[VECTORS], const Epilogue& e, int vector, int position, int y, int x) {
+  const ptrdiff_t column = ptrdiff_t(x) * BLOCK;
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v) {
+    const int channel = (vector + v) * LANES;
+    const ptrdiff_t block = channel / BLOCK;
+    const int lane = channel % BLOCK;
+    V sum = sums[v];
+    if (e.bias) sum += load(e.bias + channel);
+    if (e.act == Act::dynamic_relu) {
+      sum = maximum(sum * load(e.slope1 + channel), sum * load(e.slope2 + channel));
+    } else if (e.act != Act::identity) {
+      sum = activate(sum, e.act);
+    }
+    if (e.residual) sum += load(e.residual + block * e.residual_block + y * e.residual_row + column + lane);
+    if (e.out) store(e.out + block * e.out_block + y * e.out_row + column + lane, sum);
+    if (e.half) store_half(e.half + block * e.half_block + ptrdiff_t(position) * BLOCK + lane, sum);
+  }
+}
+
+// acc += a pair of bfloat16 inputs times their two weights, lane by lane
+MF_INLINE V add_pair(V acc, VI a, const uint16_t* weight) {
+#if defined(MF_LEVEL_PAIRS)
+  return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)_mm512_loadu_si512(weight));
+#else
+  VI w;
+  __builtin_memcpy(&w, weight, sizeof(w));
+  acc += (V)(a << 16) * (V)(w << 16);
+  return acc + (V)(a & int32_t(0xffff0000)) * (V)(w & int32_t(0xffff0000));
+#endif
+}
+
+template <Format FORMAT, int ROWS, int VECTORS>
+inline void tile(const Products& p, const Epilogue& e, const char* a, ptrdiff_t stride, const char* weight, int vector,
+                 int position, int y, int x) {
+  // A single position has too few sums to hide the latency of one: inputs then go to several sets of them in turn.
+  constexpr int SETS = ROWS == 1 ? 4 : ROWS * VECTORS < 8 ? 2 : 1;
+  V sums[SETS][ROWS][VECTORS] = {};
+  const int32_t* offsets = p.offsets;
+  const auto step = [&](int k, V(&to)[ROWS][VECTORS]) __attribute__((always_inline)) {
+    if constexpr (FORMAT == Format::bf16) {
+      const uint16_t* w = reinterpret_cast<const uint16_t*>(weight) + ptrdiff_t(k) * VECTORS * LANES * 2;
+      const uint16_t* from = reinterpret_cast<const uint16_t*>(a) + offsets[k];
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        int32_t pair;
+        __builtin_memcpy(&pair, from + r * stride, sizeof(pair));
+        const VI both = pair - VI{};
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) to[r][v] = add_pair(to[r][v], both, w + v * LANES * 2);
+      }
+    } else {
+      V w[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        const ptrdiff_t at = (ptrdiff_t(k) * VECTORS + v) * LANES;
+        w[v] = FORMAT == Format::f32 ? load(reinterpret_cast<const float*>(weight) + at)
+                                     : load_half(reinterpret_cast<const uint16_t*>(weight) + at);
+      }
+      const float* from = reinterpret_cast<const float*>(a) + offsets[k];
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        const V input = broadcast(from[r * stride]);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) to[r][v] += input * w[v];
+      }
+    }
+  };
+  int k = 0;
+  if constexpr (SETS > 1) {
+    for (; k + SETS <= p.depth; k += SETS) {
+#pragma GCC unroll 4
+      for (int s = 0; s < SETS; ++s) step(k + s, sums[s]);
+    }
+  }
+  for (; k < p.depth; ++k) step(k, sums[0]);
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 3
+    for (int s = 1; s < SETS; ++s) {
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sums[0][r][v] += sums[s][r][v];
+    }
+    finish(sums[0][r], e, vector, position + r, y, x);
+    if (++x == e.width) x = 0, ++y;
+  }
+}
+
+template <Format FORMAT, int VECTORS, int ROWS = tile_rows(VECTORS)>
+inline void tile_of(int rows, const Products& p, const Epilogue& e, const char* a, ptrdiff_t stride, const char* weight,
+                    int vector, int position, int y, int x) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return tile_of<FORMAT, VECTORS, ROWS - 1>(rows, p, e, a, stride, weight, vector, position, y, x);
+  }
+  // In blocked maps the distance is known, and addresses cost nothing
+  if (stride == BLOCK) {
+    tile<FORMAT, ROWS, VECTORS>(p, e, a, BLOCK, weight, vector, position, y, x);
+  } else if (FORMAT == Format::f32 && stride == 2) {  // and in the rows of an image, which the stem reads
+    tile<FORMAT, ROWS, VECTORS>(p, e, a, 2, weight, vector, position, y, x);
+  } else {
+    tile<FORMAT, ROWS, VECTORS>(p, e, a, stride, weight, vector, position, y, x);
+  }
+}
+
+template <Format FORMAT, int VECTORS>
+inline void panel(const Products& p, const Epilogue& e, const char* a, ptrdiff_t stride, int begin, int end, int vector) {
+  constexpr int rows = tile_rows(VECTORS);
+  constexpr int element = FORMAT == Format::bf16 ? 2 : 4;
+  // floats are 4 bytes, a pair of bfloat16 too; a lone bfloat16 weight is 2
+  const char* weight = static_cast<const char*>(p.weight) +
+                       ptrdiff_t(vector) * LANES * p.depth * (FORMAT == Format::bf16_weight ? 2 : 4);
+  int y = begin / e.width, x = begin % e.width;
+  for (int position = begin; position < end; position += rows) {
+    tile_of<FORMAT, VECTORS>(end - position, p, e, a + position * stride * element, stride, weight, vector, position, y, x);
+    for (x += rows; x >= e.width; x -= e.width) ++y;
+  }
+}
+
+template <Format FORMAT>
+inline void panels(const Products& p, const Epilogue& e, const char* a, ptrdiff_t stride, int begin, int end, int first,
+                   int last) {
+  // Inputs of so many positions stay in the second-level cache while all panels pass.
+  constexpr int strip_bytes = 256 * 1024;
+  const int bytes = p.depth * 4;
+  int strip = strip_bytes / bytes / 84 * 84;  // a whole number of tiles of every height
+  if (strip < 84) strip = 84;
+  for (int at = begin; at < end; at += strip) {
+    const int until = at + strip < end ? at + strip : end;
+    for (int i = first; i < last; ++i) {
+      const int vector = first_vector(p.vectors, i);
+      switch (panel_vectors(p.vectors, i)) {
+        case 3: panel<FORMAT, 3>(p, e, a, stride, at, until, vector); break;
+        case 2: panel<FORMAT, 2>(p, e, a, stride, at, until, vector); break;
+        default: panel<FORMAT, 1>(p, e, a, stride, at, until, vector); break;
+      }
+    }
+  }
+}
+
+inline void pointwise(const Products& p, const Epilogue& e, const void* a, ptrdiff_t stride, int begin, int end,
+                      int first, int last) {
+  const char* from = static_cast<const char*>(a);
+  switch (p.format) {
+    case Format::f32: return panels<Format::f32>(p, e, from, stride, begin, end, first, last);
+    case Format::bf16: return panels<Format::bf16>(p, e, from, stride, begin, end, first, last);
+    case Format::bf16_weight: return panels<Format::bf16_weight>(p, e, from, stride, begin, end, first, last);
+  }
+}
+
+}  // namespace mf::engine::MF_LEVEL

@@ -1,0 +1,132 @@
+// Threads that work on one image together. They spin at the barriers inside an image, and sleep between images.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace mf::engine {
+
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+// One member of a team: its rank, and where it waits for the others.
+class Worker {
+ public:
+  const int rank, size;
+
+  Worker(int rank, int size, std::atomic<unsigned>* arrived, std::atomic<unsigned>* round)
+      : rank(rank), size(size), arrived_(arrived), round_(round) {}
+
+  // Returns when every member is here; what they wrote before is then seen by all
+  void sync() {
+    if (size == 1) return;
+    const unsigned round = round_->load(std::memory_order_relaxed);
+    if (arrived_->fetch_add(1, std::memory_order_acq_rel) + 1 == unsigned(size)) {
+      arrived_->store(0, std::memory_order_relaxed);
+      round_->store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round_->load(std::memory_order_acquire) == round; ++spins) {
+      // with fewer processors than threads the one waited for may need this one
+      if (spins < 20000) {
+        relax();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+  // This member's share of [0, count), in multiples of `grain`
+  void share(int count, int grain, int* begin, int* end) const {
+    const int grains = (count + grain - 1) / grain;
+    *begin = std::min(count, int(long(grains) * rank / size) * grain);
+    *end = std::min(count, int(long(grains) * (rank + 1) / size) * grain);
+  }
+
+ private:
+  std::atomic<unsigned>* arrived_;
+  std::atomic<unsigned>* round_;
+};
+
+class Team {
+ public:
+  explicit Team(int size) : size_(size) {
+    for (int rank = 1; rank < size; ++rank) threads_.emplace_back([this, rank] { serve(rank); });
+  }
+
+  ~Team() {
+    {
+      std::lock_guard lock(mutex_);
+      leaving_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int size() const { return size_; }
+
+  // body(worker) on every member, the caller being rank 0. One call at a time. What rank 0 throws is thrown on; the
+  // others must not throw.
+  void run(const std::function<void(Worker&)>& body) {
+    if (size_ > 1) {
+      {
+        std::lock_guard lock(mutex_);
+        body_ = &body;
+        ++job_;
+        left_ = size_ - 1;
+      }
+      wake_.notify_all();
+    }
+    Worker worker(0, size_, &arrived_, &round_);
+    body(worker);
+    if (size_ > 1) {
+      std::unique_lock lock(mutex_);
+      done_.wait(lock, [this] { return left_ == 0; });
+    }
+  }
+
+ private:
+  void serve(int rank) {
+    unsigned seen = 0;
+    for (;;) {
+      const std::function<void(Worker&)>* body;
+      {
+        std::unique_lock lock(mutex_);
+        wake_.wait(lock, [&] { return leaving_ || job_ != seen; });
+        if (leaving_) return;
+        seen = job_;
+        body = body_;
+      }
+      Worker worker(rank, size_, &arrived_, &round_);
+      (*body)(worker);
+      std::lock_guard lock(mutex_);
+      if (--left_ == 0) done_.notify_one();
+    }
+  }
+
+  const int size_;
+  std::atomic<unsigned> arrived_{0}, round_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  const std::function<void(Worker&)>* body_ = nullptr;
+  unsigned job_ = 0;
+  int left_ = 0;
+  bool leaving_ = false;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace mf::engine

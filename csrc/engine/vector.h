@@ -1,0 +1,94 @@
+// One vector of floats of the instruction set that is being compiled. No include guard: once per set, in its namespace.
+
+namespace mf::engine::MF_LEVEL {
+
+#define MF_INLINE __attribute__((always_inline)) inline
+
+constexpr int LANES = MF_LEVEL_BYTES / 4;
+constexpr int PER_BLOCK = BLOCK / LANES;  // vectors of a block
+
+typedef float V __attribute__((vector_size(MF_LEVEL_BYTES)));
+typedef int32_t VI __attribute__((vector_size(MF_LEVEL_BYTES)));
+typedef uint32_t VU __attribute__((vector_size(MF_LEVEL_BYTES)));
+typedef uint16_t VH __attribute__((vector_size(MF_LEVEL_BYTES / 2)));
+
+MF_INLINE V broadcast(float value) { return value - V{}; }
+
+MF_INLINE V load(const float* source) {
+  V v;
+  __builtin_memcpy(&v, source, sizeof(v));
+  return v;
+}
+
+MF_INLINE void store(float* target, V v) { __builtin_memcpy(target, &v, sizeof(v)); }
+
+MF_INLINE V maximum(V a, V b) { return a > b ? a : b; }
+MF_INLINE V minimum(V a, V b) { return a < b ? a : b; }
+
+MF_INLINE V clamp(V x, float low, float high) { return minimum(maximum(x, broadcast(low)), broadcast(high)); }
+
+MF_INLINE V load_half(const uint16_t* source) {
+  VH bits;
+  __builtin_memcpy(&bits, source, sizeof(bits));
+  return (V)(__builtin_convertvector(bits, VU) << 16);
+}
+
+// To nearest even; what is not a number stays so
+MF_INLINE void store_half(uint16_t* target, V v) {
+  const VU bits = (VU)v;
+  const VU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VH half = __builtin_convertvector(v == v ? rounded : VU{} + 0x7fc0u, VH);
+  __builtin_memcpy(target, &half, sizeof(half));
+}
+
+// 2^x for x <= 0; 0 where that would be denormal
+MF_INLINE V exp2_nonpositive(V x) {
+  const V clamped = maximum(x, broadcast(-126.0f));
+  const V shifted = clamped + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+  const V r = clamped - (shifted - 12582912.0f);
+  V p = broadcast(1.5252734e-5f);  // Taylor of 2^r: the next term is below a rounding for |r| <= 1/2
+  p = p * r + 1.5403530e-4f;
+  p = p * r + 1.3333558e-3f;
+  p = p * r + 9.6181291e-3f;
+  p = p * r + 5.5504109e-2f;
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+  const V power = (V)((VI)p + ((VI)shifted << 23));
+  return x < -126.0f ? V{} : power;
+}
+
+// 1/2 x (1 + erf(x / sqrt 2)). The complementary error function of |x| is e^(-z^2) times a smooth function of
+// 1 / (1 + 0.4 z); the polynomial is its least-squares fit on Chebyshev nodes for z in [0, 9], error 1e-7 relative.
+MF_INLINE V gelu(V x) {
+  constexpr float coefficients[] = {1.4221468e-2f, 2.8882222e-3f, -2.4384575e-1f, 5.1270068e-1f, -2.6273799e-1f,
+                                    3.7129688e-1f, 1.4246505e-1f, 2.3873353e-1f,  2.2420704e-1f, 7.0882001e-5f};
+  const V z = maximum(x, V{} - x) * 0.70710678118654752f;
+  const V t = 1.0f / (z * 0.4f + 1.0f);
+  V p = broadcast(coefficients[0]);
+#pragma GCC unroll 9
+  for (int i = 1; i < 10; ++i) p = p * t + coefficients[i];
+  const V complement = exp2_nonpositive(z * z * float(-1.4426950408889634)) * p;
+  return x * 0.5f * (x < V{} ? complement : 2.0f - complement);
+}
+
+MF_INLINE V hard_sigmoid(V x) { return clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
+
+MF_INLINE V activate(V y, Act act) {
+  switch (act) {
+    case Act::relu6: return clamp(y, 0.0f, 6.0f);
+    case Act::relu: return maximum(y, V{});
+    case Act::hardswish: return y * hard_sigmoid(y);
+    case Act::gelu: return gelu(y);
+    case Act::hard_sigmoid: return hard_sigmoid(y);
+    default: return y;
+  }
+}
+
+MF_INLINE float sum_lanes(V v) {
+  float total = 0;
+  for (int i = 0; i < LANES; ++i) total += v[i];
+  return total;
+}
+
+}  // namespace mf::engine::MF_LEVEL

@@ -1,0 +1,406 @@
+#include "engine/weights.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <set>
+#include <stdexcept>
+
+namespace mf::engine {
+namespace {
+
+constexpr float LOG2_E = 1.4426950408889634f;  // the kernels' exponential is one of base 2
+
+uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (std::isnan(value)) return 0x7fc0;
+  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+std::string text(const std::vector<long>& shape) {
+  std::string s = "(";
+  for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + ")";
+}
+
+// Reads arrays by name and shape, and knows at the end whether one was left over.
+class Reader {
+ public:
+  explicit Reader(const Arrays& arrays) : arrays_(arrays) {}
+
+  const float* operator()(const std::string& name, std::vector<long> shape) {
+    const auto found = arrays_.find(name);
+    if (found == arrays_.end()) throw std::invalid_argument("arrays: " + name + " is missing");
+    if (found->second.shape != shape) {
+      throw std::invalid_argument("arrays: " + name + ": expected shape " + text(shape) + ", got " +
+                                  text(found->second.shape));
+    }
+    used_.insert(name);
+    return found->second.data;
+  }
+
+  void finish() const {
+    for (const auto& [name, array] : arrays_) {
+      if (!used_.count(name)) throw std::invalid_argument("arrays: " + name + " is not part of this network");
+    }
+  }
+
+ private:
+  const Arrays& arrays_;
+  std::set<std::string> used_;
+};
+
+// Weight of output n and input k
+using Element = std::function<float(int n, int k)>;
+
+class Packer {
+ public:
+  Packer(Arena& arena, const Kernels& kernels) : arena_(arena), lanes_(kernels.lanes) {}
+
+  // N outputs of `depth` inputs, or of `depth` pairs of them where `format` is bf16
+  Products products(Format format, int N, int depth, const Element& element) {
+    Products p;
+    p.format = format;
+    p.depth = depth;
+    p.vectors = blocks_of(N) * BLOCK / lanes_;  // whole blocks, so that gaps are written as zeros every time
+    const size_t count = size_t(p.vectors) * lanes_ * depth;
+    float* floats = format == Format::f32 ? arena_.take(count) : nullptr;
+    uint16_t* halves = floats ? nullptr : arena_.take<uint16_t>(format == Format::bf16 ? 2 * count : count);
+    p.weight = floats ? static_cast<const void*>(floats) : halves;
+    size_t at = 0;
+    for (int i = 0; i < panel_count(p.vectors); ++i) {
+      const int first = first_vector(p.vectors, i) * lanes_, width = panel_vectors(p.vectors, i) * lanes_;
+      for (int k = 0; k < depth; ++k) {
+        for (int n = first; n < first + width; ++n) {
+          if (format == Format::bf16) {
+            for (int j = 0; j < 2; ++j) halves[at++] = n < N ? to_bf16(element(n, 2 * k + j)) : 0;
+          } else if (format == Format::bf16_weight) {
+            halves[at++] = n < N ? to_bf16(element(n, k)) : 0;
+          } else {
+            floats[at++] = n < N ? element(n, k) : 0.0f;
+          }
+        }
+      }
+    }
+    return p;
+  }
+
+  int lanes() const { return lanes_; }
+
+  const float* vector(int N, const std::function<float(int)>& element) {
+    float* values = arena_.take(size_t(blocks_of(N)) * BLOCK);
+    for (int n = 0; n < N; ++n) values[n] = element(n);
+    return values;
+  }
+
+ private:
+  Arena& arena_;
+  int lanes_;
+};
+
+// Reads and packs the layers of a network in the order of execution.
+class Builder {
+ public:
+  Builder(const Config& config, const Arrays& arrays, Arena& arena, bool bf16, const Kernels& kernels)
+      : config_(config), read_(arrays), pack_(arena, kernels), maps_(bf16 ? Format::bf16 : Format::f32),
+        rows_(bf16 ? Format::bf16_weight : Format::f32) {}
+
+  // Output n of the packed layer is row target[n] of the stored weight, -1 for a gap; factor by packed output
+  Linear linear(const std::vector<std::string>& names, const std::vector<int>& outputs, int inputs,
+                const std::vector<Places>& places, float factor = 1.0f) {
+    std::vector<const float*> weights, biases;
+    std::vector<std::pair<int, int>> rows;  // (layer, row) of every packed output
+    for (size_t i = 0; i < names.size(); ++i) {
+      weights.push_back(read_(names[i] + ".weight", {outputs[i], inputs}));
+      biases.push_back(read_(names[i] + ".bias", {outputs[i]}));
+      for (int place : places[i]) rows.push_back({int(i), place});
+    }
+    // the factor is that of the first layer: the one whose result goes into an exponential
+    const auto of = [&](int layer) { return layer == 0 ? factor : 1.0f; };
+    Linear result;
+    result.inputs = inputs;
+    result.outputs = int(rows.size());
+    result.bias = pack_.vector(result.outputs, [&](int n) {
+      const auto [layer, row] = rows[n];
+      return row < 0 ? 0.0f : biases[layer][row] * of(layer);
+    });
+    result.products = pack_.products(rows_, result.outputs, inputs, [&](int n, int k) {
+      const auto [layer, row] = rows[n];
+      return row < 0 ? 0.0f : weights[layer][long(row) * inputs + k] * of(layer);
+    });
+    return result;
+  }
+
+  Linear linear(const std::string& name, int outputs, int inputs, float factor = 1.0f) {
+    return linear({name}, {outputs}, inputs, {in_order(outputs)}, factor);
+  }
+
+  // Panels that together end where a block ends
+  std::vector<Window> windows(const Pointwise& layer) {
+    std::vector<Window> all;
+    const int lanes = pack_.lanes();
+    for (int g = 0; g < int(layer.groups.size()); ++g) {
+      const int vectors = layer.groups[g].products.vectors;
+      for (int panel = 0; panel < panel_count(vectors);) {
+        Window window{g, panel, panel, first_vector(vectors, panel) * lanes / BLOCK, 0};
+        int lane;
+        do {
+          lane = (first_vector(vectors, panel) + panel_vectors(vectors, panel)) * lanes;
+          ++panel;
+        } while (lane % BLOCK != 0);
+        window.last_panel = panel;
+        window.blocks = lane / BLOCK - window.first_block;
+        all.push_back(window);
+      }
+    }
+    return all;
+  }
+
+  Norm norm(const std::string& name, int width) {
+    const float* weight = read_(name + ".weight", {width});
+    const float* bias = read_(name + ".bias", {width});
+    return {pack_.vector(width, [=](int i) { return weight[i]; }), pack_.vector(width, [=](int i) { return bias[i]; })};
+  }
+
+  // `source` is where the inputs lie; `shuffled`: the outputs leave in the order of a channel shuffle
+  Pointwise pointwise(const std::string& name, int outputs, int inputs, const Places& source, bool shuffled) {
+    const int groups = config_.groups, N = outputs / groups, K = inputs / groups;
+    const float* weight = read_(name + ".weight", {outputs, K, 1, 1});
+    const float* bias = read_(name + ".bias", {outputs});
+    std::vector<int> storage(inputs, -1);
+    for (size_t s = 0; s < source.size(); ++s) {
+      if (source[s] >= 0) storage[source[s]] = int(s);
+    }
+    Pointwise layer;
+    layer.inputs = K;
+    layer.outputs = outputs;
+    layer.group_blocks = blocks_of(N);
+    layer.blocks = groups * layer.group_blocks;
+    float* biases = nullptr;
+    for (int g = 0; g < groups; ++g) {
+      Pointwise::Group group;
+      // what each input of the packed layer is: a column of the stored weight, -1 beside a pair's only member
+      std::vector<int> columns;
+      std::map<int, int> column_at;
+      for (int k = 0; k < K; ++k) column_at[storage[g * K + k]] = k;
+      for (const auto& [place, column] : column_at) {
+        if (maps_ == Format::bf16) {
+          const int pair = place / 2 * 2;
+          if (!group.inputs.empty() && group.inputs.back() == pair) continue;
+          group.inputs.push_back(pair);
+          for (int member : {pair, pair + 1}) {
+            const auto found = column_at.find(member);
+            columns.push_back(found == column_at.end() ? -1 : found->second);
+          }
+        } else {
+          group.inputs.push_back(place);
+          columns.push_back(column);
+        }
+      }
+      group.products = pack_.products(maps_, N, int(group.inputs.size()), [&](int n, int k) {
+        return columns[k] < 0 ? 0.0f : weight[long(g * N + n) * K + columns[k]];
+      });
+      layer.groups.push_back(std::move(group));
+    }
+    biases = const_cast<float*>(pack_.vector(layer.blocks * BLOCK, [](int) { return 0.0f; }));
+    layer.target.resize(outputs);
+    for (int g = 0; g < groups; ++g) {
+      for (int n = 0; n < N; ++n) {
+        biases[g * layer.group_blocks * BLOCK + n] = bias[g * N + n];
+        layer.target[g * N + n] = shuffled && groups > 1 ? n * groups + g : g * N + n;
+      }
+    }
+    layer.bias = biases;
+    return layer;
+  }
+
+  // `places` of the outputs in the numbering of what follows; `stored` maps that to the rows of the weight
+  DepthwiseLayer depthwise(const std::string& name, const Places& places, const std::vector<int>& stored,
+                           const std::vector<int>& in_block, int stride) {
+    const int outputs = int(stored.size());
+    const float* weight = read_(name + ".weight", {outputs, 1, 3, 3});
+    const float* bias = read_(name + ".bias", {outputs});
+    DepthwiseLayer layer;
+    layer.places = places;
+    layer.in_block = in_block;
+    layer.stride = stride;
+    const int width = int(places.size());
+    layer.weight = pack_.vector(width * 9, [&](int i) {
+      const int place = places[i / BLOCK / 9 * BLOCK + i % BLOCK];
+      return place < 0 ? 0.0f : weight[stored[place] * 9 + i / BLOCK % 9];
+    });
+    layer.bias = pack_.vector(width, [&](int i) { return places[i] < 0 ? 0.0f : bias[stored[places[i]]]; });
+    return layer;
+  }
+
+  // One with several filters a channel, after which channels may be shuffled to filter by filter
+  DepthwiseLayer filters(const std::string& name, int channels, int multiplier, int stride) {
+    const bool shuffled = config_.groups > 1;
+    std::vector<int> stored(channels * multiplier);
+    for (int i = 0; i < int(stored.size()); ++i) {
+      stored[i] = shuffled ? i % channels * multiplier + i / channels : i;
+    }
+    std::vector<int> in_block;
+    for (int i = 0; i < multiplier * blocks_of(channels); ++i) in_block.push_back(i % blocks_of(channels));
+    return depthwise(name, in_filters(channels, multiplier, shuffled), stored, in_block, stride);
+  }
+
+  MobileToFormer gather(const std::string& name, int channels) {
+    const int D = config_.token_dim;
+    MobileToFormer part;
+    part.channels = channels;
+    part.query_and_gate = linear({name + ".query", name + ".gate"}, {channels, channels}, D,
+                                 {in_order(channels), in_order(channels)}, LOG2_E);
+    part.project = linear(name + ".project", D, channels);
+    part.norm = norm(name + ".norm", D);
+    return part;
+  }
+
+  TokenSide token_side(const std::string& name, int in_channels, int out_channels, const std::string (&relus)[2],
+                       const Places (&places)[2]) {
+    const int D = config_.token_dim;
+    TokenSide side;
+    side.gather = gather(name + ".mobile_to_former", in_channels);
+    side.query = linear(name + ".former.query", D, D, LOG2_E);
+    side.project = linear(name + ".former.project", D, D);
+    side.norm = norm(name + ".former.norm", D);
+    side.ffn_expand = linear(name + ".former.ffn_expand", 2 * D, D);
+    side.ffn_project = linear(name + ".former.ffn_project", D, 2 * D);
+    side.ffn_norm = norm(name + ".former.ffn_norm", D);
+    side.key_and_value = linear({name + ".former_to_mobile.key", name + ".former_to_mobile.value"},
+                                {out_channels, out_channels}, D, {in_order(out_channels), in_order(out_channels)},
+                                LOG2_E);
+    side.reduced = D / 4;
+    side.reduce = linear({name + relus[0] + ".reduce", name + relus[1] + ".reduce"}, {D / 4, D / 4}, D,
+                         {in_order(D / 4), in_order(D / 4)});
+    for (int i = 0; i < 2; ++i) {
+      const int K = int(std::count_if(places[i].begin(), places[i].end(), [](int place) { return place >= 0; }));
+      Places both = places[i];
+      for (int place : places[i]) both.push_back(place < 0 ? -1 : K + place);
+      side.expand[i] = linear({name + relus[i] + ".expand"}, {2 * K}, D / 4, {both});
+    }
+    return side;
+  }
+
+  Block block(const std::string& name, int C, const BlockConfig& config) {
+    Block b;
+    b.config = config;
+    b.in_channels = C;
+    const int N = config.out_channels;
+    b.has_skip = config.kind != Kind::down && config.stride == 1 && C == N;
+    if (config.kind == Kind::lite) {
+      b.depthwise = filters(name + ".expand", C, config.expansion, config.stride);
+      b.project = pointwise(name + ".project", N, C * config.expansion, b.depthwise.places, false);
+    } else if (config.kind == Kind::same) {
+      const int K = C * config.expansion;
+      const Places hidden = in_groups(K, config_.groups);
+      std::vector<int> stored(K), in_block(hidden.size() / BLOCK);
+      for (int i = 0; i < K; ++i) stored[i] = i;
+      for (int i = 0; i < int(in_block.size()); ++i) in_block[i] = i;
+      b.tokens = token_side(name, C, N, {".expand_relu", ".depthwise_relu"}, {hidden, hidden});
+      b.expand = pointwise(name + ".expand", K, C, in_order(C), true);
+      b.windows = windows(b.expand);
+      b.depthwise = depthwise(name + ".depthwise", hidden, stored, in_block, 1);
+      b.project = pointwise(name + ".project", N, K, hidden, true);
+    } else {
+      const bool shuffled = config_.groups > 1;
+      const Places first = in_filters(C, config.expansion, shuffled);
+      const Places second = in_filters(N, config.second_expansion, shuffled);
+      b.tokens = token_side(name, C, N, {".down_relu", ".expand_relu"}, {first, second});
+      b.depthwise = filters(name + ".down", C, config.expansion, config.stride);
+      b.squeeze = pointwise(name + ".squeeze", N, C * config.expansion, first, false);
+      b.second = filters(name + ".expand", N, config.second_expansion, 1);
+      b.project = pointwise(name + ".project", N, N * config.second_expansion, second, false);
+    }
+    return b;
+  }
+
+  void build(Weights& w) {
+    const int D = config_.token_dim;
+    const float* tokens = read_("tokens", {config_.num_tokens, D});
+    w.tokens = pack_.vector(config_.num_tokens * D, [=](int i) { return tokens[i]; });
+    w.stem = stem();
+    int C = config_.stem_channels;
+    for (size_t i = 0; i < config_.blocks.size(); ++i) {
+      w.blocks.push_back(block("blocks." + std::to_string(i), C, config_.blocks[i]));
+      C = config_.blocks[i].out_channels;
+    }
+    w.gather = gather("mobile_to_former", C);
+    // channel i of the shuffled map, which the head's convolution reads, is this one of the last map
+    Places source = in_order(C);
+    if (config_.groups > 1) {
+      for (int i = 0; i < C; ++i) source[i % config_.groups * (C / config_.groups) + i / config_.groups] = i;
+    }
+    w.head = pointwise("head.expand", 6 * C, C, source, false);
+    w.fc = linear("head.fc", config_.hidden_features, 6 * C + D);
+    w.classifier = linear("head.classifier", config_.num_classes, config_.hidden_features);
+    read_.finish();
+  }
+
+ private:
+  Linear stem() {
+    const int N = config_.stem_channels, K = 9 * config_.in_chans;
+    const float* weight = read_("stem.weight", {N, config_.in_chans, 3, 3});
+    const float* bias = read_("stem.bias", {N});
+    Linear layer;
+    layer.inputs = K;
+    layer.outputs = N;
+    layer.bias = pack_.vector(N, [=](int n) { return bias[n]; });
+    // of few inputs and never slow: float32 in both precisions
+    layer.products = pack_.products(Format::f32, N, K, [=](int n, int k) { return weight[n * K + k]; });
+    return layer;
+  }
+
+  const Config& config_;
+  Reader read_;
+  Packer pack_;
+  Format maps_, rows_;
+};
+
+}  // namespace
+
+void* Arena::bytes(size_t size) {
+  if (size > left_) {
+    const size_t chunk = std::max<size_t>(size, 1 << 22);
+    chunks_.push_back(std::make_unique<std::byte[]>(chunk + 64));
+    next_ = chunks_.back().get();
+    next_ += (64 - reinterpret_cast<uintptr_t>(next_) % 64) % 64;
+    left_ = chunk;
+  }
+  std::byte* taken = next_;
+  next_ += size;
+  left_ -= size;
+  return taken;
+}
+
+Places in_order(int channels) {
+  Places places(size_t(blocks_of(channels)) * BLOCK, -1);
+  for (int i = 0; i < channels; ++i) places[i] = i;
+  return places;
+}
+
+Places in_filters(int channels, int multiplier, bool shuffled) {
+  const int width = blocks_of(channels) * BLOCK;
+  Places places(size_t(multiplier) * width, -1);
+  for (int m = 0; m < multiplier; ++m) {
+    for (int c = 0; c < channels; ++c) places[m * width + c] = shuffled ? m * channels + c : c * multiplier + m;
+  }
+  return places;
+}
+
+Places in_groups(int channels, int groups) {
+  const int each = channels / groups, width = blocks_of(each) * BLOCK;
+  Places places(size_t(groups) * width, -1);
+  for (int g = 0; g < groups; ++g) {
+    for (int i = 0; i < each; ++i) places[g * width + i] = groups > 1 ? i * groups + g : i;
+  }
+  return places;
+}
+
+Weights::Weights(const Config& config, const Arrays& arrays, bool bf16, const Kernels& kernels) {
+  Builder(config, arrays, arena, bf16, kernels).build(*this);
+}
+
+}  // namespace mf::engine

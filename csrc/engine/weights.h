@@ -1,0 +1,144 @@
+// A folded network, packed for one instruction set.
+//
+// A map's channels have a logical number, as in the published network, and a place in storage: `Place` lists say which.
+// Storage may hold gaps (the last block of a map, of a group or of a filter), whose values are always zero.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine/kernels.h"
+
+namespace mf::engine {
+
+enum class Kind { lite, same, down };
+
+struct BlockConfig {
+  Kind kind;
+  int out_channels, expansion, second_expansion, stride;
+};
+
+struct Config {
+  int in_chans, stem_channels, num_tokens, token_dim, hidden_features, groups, num_classes;
+  bool spatial_dynamic_relu;
+  std::vector<BlockConfig> blocks;
+  std::vector<float> mean, std;  // of images given as bytes; empty where unknown
+};
+
+struct Array {
+  const float* data;
+  std::vector<long> shape;
+};
+
+using Arrays = std::map<std::string, Array>;
+
+inline int blocks_of(int channels) { return (channels + BLOCK - 1) / BLOCK; }
+
+// Memory of one network, handed out in the order of execution, aligned to vectors, zero at first.
+class Arena {
+ public:
+  template <class T = float>
+  T* take(size_t count) {
+    return static_cast<T*>(bytes((count * sizeof(T) + 63) / 64 * 64));
+  }
+
+ private:
+  void* bytes(size_t size);
+  std::vector<std::unique_ptr<std::byte[]>> chunks_;
+  std::byte* next_ = nullptr;
+  size_t left_ = 0;
+};
+
+// Logical number of the channel at a place in storage, -1 in a gap
+using Places = std::vector<int>;
+
+Places in_order(int channels);                                // 0 1 2 ..., then the gap of the last block
+Places in_filters(int channels, int multiplier, bool shuffled);  // all first filters, all second ones, each in blocks
+Places in_groups(int channels, int groups);                   // each group in blocks of its own, shuffled
+
+// A pointwise convolution. Output storage is group by group, each from a new block on.
+struct Pointwise {
+  struct Group {
+    Products products;         // without offsets: they depend on the size of the map
+    std::vector<int> inputs;   // storage of each input, or of the first of each pair
+  };
+  std::vector<Group> groups;
+  const float* bias = nullptr;  // [blocks][16]
+  int blocks = 0;               // of all outputs
+  int group_blocks = 0;
+  int inputs = 0, outputs = 0;
+  Places target;  // storage of the output map for each output of the convolution, where the groups are shuffled
+};
+
+// Panels [first_panel, last_panel) of a group, which make `blocks` whole blocks of it: at most three.
+struct Window {
+  int group, first_panel, last_panel, first_block, blocks;
+};
+
+// A depthwise convolution; every block of outputs is a filter of one block of inputs.
+struct DepthwiseLayer {
+  const float* weight = nullptr;  // [blocks][9][16]
+  const float* bias = nullptr;    // [blocks][16]
+  std::vector<int> in_block;      // of each block of outputs
+  Places places;                  // of the outputs, as dynamic ReLU counts them
+  int stride = 1;
+};
+
+// y = x W' + b on rows of tokens, inputs in order
+struct Linear {
+  Products products;
+  const float* bias = nullptr;
+  int inputs = 0, outputs = 0;  // outputs with their gaps
+};
+
+struct Norm {
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+};
+
+struct MobileToFormer {
+  Linear query_and_gate;  // to [blocks of C][16] twice
+  Linear project;
+  Norm norm;
+  int channels = 0;
+};
+
+struct TokenSide {
+  MobileToFormer gather;
+  Linear query, project, ffn_expand, ffn_project;
+  Norm norm, ffn_norm;
+  Linear key_and_value;   // to [blocks of C'][16] twice
+  Linear reduce;          // of both dynamic ReLUs
+  Linear expand[2];       // to theta1 [blocks][16] and theta2 [blocks][16], in the order of storage
+  int reduced = 0;        // width of one
+};
+
+struct Block {
+  BlockConfig config;
+  int in_channels = 0;
+  bool has_skip = false;
+  Pointwise expand;          // same
+  std::vector<Window> windows;  // of it
+  DepthwiseLayer depthwise;  // every kind; the first one of down
+  Pointwise squeeze;         // down
+  DepthwiseLayer second;     // down
+  Pointwise project;
+  TokenSide tokens;  // same, down
+};
+
+struct Weights {
+  Weights(const Config&, const Arrays&, bool bf16, const Kernels&);  // throws std::invalid_argument
+
+  Arena arena;
+  const float* tokens = nullptr;  // [M][D]
+  Linear stem;                    // inputs [channel][3][3]
+  std::vector<Block> blocks;
+  MobileToFormer gather;
+  Pointwise head;
+  Linear fc, classifier;
+};
+
+}  // namespace mf::engine

@@ -1,0 +1,64 @@
+// Everything that an image of one size needs beside the weights: planned and allocated once per size.
+#pragma once
+
+#include "engine/weights.h"
+
+namespace mf::engine {
+
+// A map in storage: [blocks][rows][columns][16], with a border of zeros or without.
+struct Map {
+  float* data = nullptr;  // the first position inside
+  int channels = 0, height = 0, width = 0, blocks = 0;
+  ptrdiff_t row = 0, block = 0;  // floats
+  uint16_t* half = nullptr;      // the same as bfloat16, without border, or null
+  ptrdiff_t half_block = 0;
+
+  int positions() const { return height * width; }
+};
+
+// Offsets of the inputs of each group of a pointwise layer, for a map of one size.
+using Offsets = std::vector<std::vector<int32_t>>;
+
+struct BlockSpace {
+  Map out;
+  Map middle;        // down: the squeezed map, with border
+  float* queries = nullptr;  // [C][16] as the score kernels take it
+  float* keys = nullptr;
+  float* values = nullptr;  // [2][blocks of C'][M][16]
+  Offsets expand, squeeze, project;
+  std::vector<int32_t> query_offsets, key_offsets;
+  int height = 0, width = 0;  // of the output
+};
+
+// What the members of a team each need for themselves.
+struct Scratch {
+  std::vector<float*> panel;  // per block: [3][(H + 2)(W + 2)][16], its border zero
+  float* image_rows = nullptr;  // [channels][3][W + 2]
+  float* most = nullptr;        // [16], then sum [16]
+  float* sums = nullptr;        // [2][blocks][M][16]
+  float* plane = nullptr;       // [positions][16], with spatial dynamic ReLU in bfloat16
+};
+
+struct Workspace {
+  Workspace(const Config&, const Weights&, bool bf16, int height, int width, int threads);
+
+  int height, width;
+  Arena arena;
+  Map stem;
+  std::vector<BlockSpace> blocks;
+  Map flat;       // any depthwise output: float or bfloat16
+  float* grouped = nullptr;  // what a grouped layer makes before its channels are put in order
+  Map head;
+  std::vector<Scratch> scratch;
+
+  // tokens: rows of D, and of what the linear layers make of them
+  float *tokens, *query_gate, *gathered, *row, *wide, *slopes[2], *reduced, *key_value;
+  float* joint;  // [6C + D]
+  float* gather_queries;  // of the last bridge
+  Offsets head_offsets;
+  std::vector<int32_t> gather_offsets, stem_offsets, in_order;
+  float* scores = nullptr;  // spatial: [positions][16]
+  float* mix = nullptr;     // spatial: [positions][8]
+};
+
+}  // namespace mf::engine
