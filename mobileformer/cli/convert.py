@@ -1,9 +1,9 @@
-"""`mobileformer convert`: a published checkpoint to our safetensors, and back."""
+"""`mobileformer convert`: a published checkpoint to our safetensors, and back; or folded, for the engine."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["convert"]
 
 OFFICIAL_SUFFIXES = (".pth", ".pth.tar", ".pt")
+FORMS = {
+    "ours": "mobileformer safetensors",
+    "folded": "mobileformer safetensors, folded for inference",
+    "published": "published checkpoint",
+}
 
 
 def convert(
@@ -31,10 +36,16 @@ def convert(
         Path | None,
         typer.Option(metavar="FILE", help="Class names to keep in OUT: one a line, or a list in a .json file."),
     ] = None,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Write what inference.Engine runs: norms folded in, no way back.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert weights: a published checkpoint to a safetensors file that describes itself, or back.
+
+    With --fold the file is for mobileformer.inference.Engine, which needs no PyTorch: every BatchNorm is folded into
+    the layer before it, so it can neither be trained nor converted back.
 
     Nothing in a checkpoint is run, only tensors are read. OUT appears whole or not at all.
     """
@@ -42,9 +53,11 @@ def convert(
         to_ours = _writes_ours(target)
         if labels is not None and not to_ours:
             raise typer.BadParameter("the published form has no place for class names", param_hint="--labels")
+        if fold and not to_ours:
+            raise typer.BadParameter("the published form cannot be folded; write .safetensors", param_hint="--fold")
         if target.exists() and not force:
             raise CommandError(f"{target}: exists already; --force overwrites it")
-        report = _convert(source, target, to_ours, variant, labels)
+        report = _convert(source, target, "folded" if fold else "ours" if to_ours else "published", variant, labels)
         if as_json:
             print_json(report)
         else:
@@ -64,27 +77,30 @@ def _writes_ours(target: Path) -> bool:
 
 
 def _convert(
-    source: Path, target: Path, to_ours: bool, variant: str | None, labels: Path | None
+    source: Path, target: Path, form: Literal["ours", "folded", "published"], variant: str | None, labels: Path | None
 ) -> dict[str, str | int | bool]:
     from mobileformer import save_official_checkpoint, save_weights
+    from mobileformer.inference import fold
 
     model, metadata = _read(source, variant)
     names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels
     try:
-        if to_ours:
+        if form == "ours":
             save_weights(model, target, labels=names, mean=metadata.mean, std=metadata.std)
+        elif form == "folded":
+            fold(model, labels=names, mean=metadata.mean, std=metadata.std).save(target)
         else:
             save_official_checkpoint(model, target)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CommandError(f"{target}: {error}") from error
     return {
         "in": str(source),
         "out": str(target),
-        "form": "mobileformer safetensors" if to_ours else "published checkpoint",
+        "form": FORMS[form],
         "variant": metadata.variant,
         "num_classes": metadata.num_classes,
         "in_chans": metadata.in_chans,
-        "labels": to_ours and names is not None,
+        "labels": form != "published" and names is not None,
     }
 
 

@@ -1,4 +1,4 @@
-"""`mobileformer info`: the seven variants, the kernels of this machine, the machine itself."""
+"""`mobileformer info`: the seven variants, the kernels and the engine of this machine, the machine itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["describe", "info"]
 
 
 def info(as_json: JsonOption = False) -> None:
-    """The seven variants and their cost, the kernels of this machine and what is missing, the machine."""
+    """The seven variants and their cost, kernels and engine of this machine and what is missing, the machine."""
     with command(as_json):
         report = describe()
         if as_json:
@@ -23,6 +23,7 @@ def describe() -> dict[str, Any]:
     """Everything `info` shows, as plain data."""
     import mobileformer
     from mf_kernels import status
+    from mobileformer.inference import library
     from mobileformer.measure import machine
     from mobileformer.published import COUNTERS, MADDS, TOP1_SOURCE
 
@@ -39,6 +40,7 @@ def describe() -> dict[str, Any]:
         "madds_counters": COUNTERS,
         "top1_source": TOP1_SOURCE,
         "kernels": status(),
+        "engine": library.status(),
         "machine": machine(),
     }
 
@@ -85,5 +87,17 @@ def _show(report: dict[str, Any]) -> None:
             )
             for row in report["kernels"]
         ],
+    )
+    engine = report["engine"]
+    print_table(
+        "Inference engine",
+        ("what", "is"),
+        [
+            ("state", f"ready, built with {engine['built_with']}" if engine["available"] else "missing"),
+            *([] if engine["available"] else [("why", engine["reason"])]),
+            *[(name, ", ".join(engine[name])) for name in ("compiled", "runnable") if engine[name]],
+            *([("runs", engine["isa"])] if engine["available"] else []),
+        ],
+        caption="runnable: instruction sets of this CPU; MF_ENGINE_ISA chooses one, otherwise the last runs.",
     )
     print_table("Machine", ("what", "is"), list(report["machine"].items()))
