@@ -19,7 +19,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.h %.cuh %.cpp %.cu,$(SOURCES))
 INSTALL := $(BIN)/pip install -qq --no-build-isolation --editable
 
-.PHONY: help venv build demo test lint format audit bench clean
+.PHONY: help venv build demo test lint format audit bench gpu clean
 
 help:
 	@echo "make demo     build, then run 294m on a photo: the fused and the reference path side by side"
@@ -29,6 +29,7 @@ help:
 	@echo "make format   ruff, clang-format: repair"
 	@echo "make audit    nothing of torch's unstable C++ in csrc, nor in what was compiled from it"
 	@echo "make bench    the benchmarks (BENCH='...' for pytest options)"
+	@echo "make gpu      on a machine with a GPU: build, check, time, in nine minutes; DRY=1: on the CPU (docs/gpu.md)"
 	@echo "make venv     .venv with the package and every development tool"
 	@echo "make clean    remove what was built; rm -r .venv for the environment too"
 
@@ -84,6 +85,11 @@ audit: $(VENV)/.developing $(VENV)/.built
 
 bench: $(VENV)/.developing $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH)
+
+# Without .venv and without a package index: in the Python that has the torch for this card.
+gpu: GPU_PYTHON := $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),python3)
+gpu:
+	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks $(GPU_PYTHON) -m gpu $(if $(DRY),--dry) $(if $(RESULTS),--results $(RESULTS)) $(GPU)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .coverage coverage.xml htmlcov

@@ -131,12 +131,15 @@ def run_here(options: argparse.Namespace) -> int:
     def body(section: Section) -> None:
         import torch
 
+        import harness
+
         from gpu import machine, models, operators
 
         # float32 is float32: for whom TF32 will do there is bfloat16
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         if options.dry:
             torch.set_num_threads(1)
+        section.header["environment"] = harness.environment(device) | machine.card(device)
         if options.section == "machine":
             machine.run(section, device)
         else:

@@ -86,6 +86,8 @@ def outcomes(report: Path) -> list[tuple[str, dict[str, object], str]]:
     """(name, row, error) of every test in pytest's JUnit file."""
     found = []
     for case in ElementTree.parse(report).iter("testcase"):
+        if not case.get("name"):  # what an interrupt cut off
+            continue
         row: dict[str, object] = {"outcome": "passed", "seconds": float(case.get("time", 0))}
         error = ""
         for child in case:
@@ -93,7 +95,7 @@ def outcomes(report: Path) -> list[tuple[str, dict[str, object], str]]:
                 row["outcome"], error = "failed", f"{child.get('message')}\n{(child.text or '')[-2000:]}"
             elif child.tag == "skipped":
                 row |= {"outcome": "skipped", "reason": child.get("message")}
-        found.append((f"{case.get('name')}", row, error))
+        found.append((str(case.get("name")), row, error))
     return found
 
 

@@ -49,9 +49,9 @@ class Replay:
 
     def __init__(self, calls: Sequence[Callable[[], Any]], device: str) -> None:
         self._calls, self._graph = calls, None
-        for call in calls[:1] * 3:  # compilation, handles, the allocator's first blocks
-            call()
         if device != "cpu":
+            for call in calls[:1] * 3:  # compilation, handles, the allocator's first blocks
+                call()
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
@@ -93,7 +93,7 @@ def timed(
     timings = interleaved(
         contenders,
         repeats=repeats if cuda else 1,
-        warmup=2 if cuda else 1,
+        warmup=2 if cuda else 0,
         min_sample_ms=sample_ms if cuda else 0.0,
         synchronize=torch.cuda.synchronize if cuda else None,
     )

@@ -20,7 +20,6 @@ OPTIONAL = ("pytest", "xdist", "hypothesis", "timm", "safetensors", "typer")
 
 def run(section: Section, device: str) -> None:
     """Rows "copy" (GB/s, bytes read plus bytes written) and "matmul <dtype>" (TFLOP/s)."""
-    section.header["environment"] = harness.environment(device) | card(device)
     section.header["missing_packages"] = [name for name in OPTIONAL if not _has(name)]
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
     section.plan(["copy", *(f"matmul {name}" for name in dtypes)])
@@ -43,10 +42,11 @@ def run(section: Section, device: str) -> None:
             section.add(f"matmul {name}", {"side": side, **row, "tflop_per_s": 2 * side**3 / row["median_ms"] / 1e9})
 
 
-def copy_ceiling(section: Section) -> float:
-    """GB/s of the copy in the file of this section, beside that of another one."""
-    rows = load(section.path.with_name("machine.json"))["rows"]
-    return next(row["gb_per_s"] for row in rows if row["label"] == "copy")
+def copy_ceiling(section: Section) -> float | None:
+    """GB/s of the copy in the file of this section, beside that of another one; None where it was not measured."""
+    path = section.path.with_name("machine.json")
+    rows = load(path)["rows"] if path.is_file() else []
+    return next((row["gb_per_s"] for row in rows if row["label"] == "copy"), None)
 
 
 def card(device: str) -> dict[str, object]:

@@ -38,6 +38,8 @@ def state(result: dict[str, Any]) -> str:
 
 
 def machine(result: dict[str, Any]) -> list[str]:
+    if not result["rows"]:
+        return []
     e = result["environment"]
     where = [f"{e.get('gpu', e['cpu'])}", f"torch {e['torch']}", f"triton {e.get('triton')}", f"python {e['python']}"]
     lines = ["  " + ", ".join(where)]
@@ -57,6 +59,8 @@ def check(result: dict[str, Any]) -> list[str]:
 
 def operators(result: dict[str, Any]) -> list[str]:
     """Against the targets first; then a line for each shape, of each backend's faster layout."""
+    if not result["rows"]:
+        return []
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault(tuple(row[key] for key in ("op", "case", "direction", "dtype")), []).append(row)
@@ -67,8 +71,9 @@ def operators(result: dict[str, Any]) -> list[str]:
         cells = [f"{1e3 * row['median_ms']:8.1f}" if row else "       -" for row in best.values()]
         for backend in ("triton", "native"):
             row = best[backend]
-            cells.append(f"{row['share_of_copy']:6.0%}" if row else "     -")
-            if row and row["bytes"] >= ENOUGH:
+            measured = row is not None and row["share_of_copy"] is not None
+            cells.append(f"{row['share_of_copy']:6.0%}" if measured else "     -")
+            if measured and row["bytes"] >= ENOUGH:
                 shares.setdefault((op, direction, dtype, backend), []).append(row["share_of_copy"])
         lines.append(f"  {op:17}{case:44}{direction[:3]} {dtype[:4]}{''.join(cells)}")
     head = "  share of the copy ceiling, median (worst) of the shapes that move 16 MB or more; target of the operator"
@@ -81,7 +86,7 @@ def operators(result: dict[str, Any]) -> list[str]:
     columns = (
         f"  {'us a call':77}{'eager':>4}{'compile':>8}{'triton':>8}{'native':>8}{'triton':>7}{'native':>6} of copy"
     )
-    return [head, *summary, columns, *lines] if result["rows"] else []
+    return [head, *summary, columns, *lines]
 
 
 def models(result: dict[str, Any]) -> list[str]:

@@ -1,0 +1,176 @@
+"""`make gpu` without a card: every section's code runs, its file holds what it should, and failures are told."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from kernel_support import OPS
+
+from mf_kernels import _triton
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(
+    _triton.missing("dynamic_relu", "cpu") == "triton is not installed", reason="triton is not installed"
+)
+SECTIONS = ("machine", "build", "check", "operators", "models")
+
+
+def drive(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "gpu", "DRY=1", f"PYTHON={sys.executable}", f"RESULTS={folder}", f"GPU={' '.join(arguments)}"]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One whole run: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("gpu")
+    done = drive(folder)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return folder, done.stdout
+
+
+def test_every_section_has_a_whole_file(dry: tuple[Path, str]) -> None:
+    folder, _ = dry
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}.json" for name in SECTIONS)
+    for name in SECTIONS:
+        result = json.loads((folder / f"{name}.json").read_text())
+        assert result["format"] == 1
+        assert result["dry"]
+        assert result["error"] is None
+        assert result["failed"] == []
+        assert result["left_out"] == ({"build": "a dry run builds nothing"} if name == "build" else {})
+
+
+def test_nothing_is_written_among_the_results(dry: tuple[Path, str]) -> None:
+    assert not (ROOT / "benchmarks" / "results" / "dry").exists()
+    done = drive(ROOT / "benchmarks" / "results" / "dry")
+    assert done.returncode != 0
+    assert "a dry run writes nothing below" in done.stderr
+
+
+def load(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_machine_has_its_ceilings(dry: tuple[Path, str]) -> None:
+    result = load(dry[0], "machine")
+    assert [row["label"] for row in result["rows"]] == ["copy", "matmul bfloat16", "matmul float32", "matmul tf32"]
+    assert {"torch", "triton", "python", "commit"} <= result["environment"].keys()
+
+
+def test_build_names_its_command(dry: tuple[Path, str]) -> None:
+    result = load(dry[0], "build")
+    assert result["command"][1:] == ["setup.py", "build_ext", "--inplace"]
+    assert result["environment"]["MF_KERNELS_CUDA"] == "1"
+
+
+def test_tests_ran_on_both_backends(dry: tuple[Path, str]) -> None:
+    rows = load(dry[0], "check")["rows"]
+    passed = [row["label"] for row in rows if row.get("outcome") == "passed"]
+    for backend in ("triton", "native"):
+        for test in ("test_forward_and_gradients", "test_any_strides", "test_autocast", "test_compiled_whole"):
+            assert any(label.startswith(test) and backend in label for label in passed), (test, backend)
+    assert all(row["reason"] for row in rows if row.get("outcome") == "skipped")
+    assert "0 wrong" in next(row["said"] for row in rows if row["label"] == "sanitizer plain")
+
+
+def test_operators_have_every_contender(dry: tuple[Path, str]) -> None:
+    result = load(dry[0], "operators")
+    found = {(row["op"], row["direction"], row["backend"], row["layout"]) for row in result["rows"]}
+    for op in OPS:
+        for direction in ("forward", "backward"):
+            for backend in ("eager", "triton", "native"):
+                assert {(op, direction, backend, layout) for layout in ("contiguous", "channels_last")} <= found
+    assert any(row["backend"] == "compile" for row in result["rows"])
+    assert {"torch", "cpu", "kernels_older_than_sources", "commit"} <= result["environment"].keys()
+    for row in result["rows"]:
+        assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / result["copy_gb_per_s"], rel=1e-3)
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6, rel=1e-3)
+        assert 0 <= row["share_of_error_allowed"] <= (1 if row["target"] else 8)
+        assert (row["kernel"] is not None) == (row["backend"] in ("triton", "native"))
+
+
+def test_models_have_every_contender(dry: tuple[Path, str]) -> None:
+    rows = load(dry[0], "models")["rows"]
+    for task in ("inference 2", "training 8"):
+        for dtype in ("float32", "bfloat16"):
+            names = [row["label"].partition(": ")[2] for row in rows if row["label"].startswith(f"26m {task} {dtype}")]
+            assert names == ["eager", "eager channels_last", "eager graph", "fused", "fused graph"]
+    assert {"compile", "compile max-autotune", "fused compile"} <= {row["backend"] for row in rows}
+    assert all(row["images_per_s"] > 0 for row in rows)
+
+
+def test_table_is_printed_last(dry: tuple[Path, str]) -> None:
+    _, printed = dry
+    assert all(f"== {name}: " in printed for name in SECTIONS)
+    assert "everything was right" in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("broken", "sound"), [("machine", "build"), ("build", "machine")])
+def test_a_section_that_fails_is_told_and_the_next_one_runs(tmp_path: Path, broken: str, sound: str) -> None:
+    """One in a process of its own, one in the driver's."""
+    done = drive(tmp_path, "--only", broken, sound, MF_GPU_PLANT=broken)
+    assert done.returncode == 2, done.stdout  # make's, of a recipe that fails
+    assert "RuntimeError: planted by MF_GPU_PLANT" in load(tmp_path, broken)["error"]
+    assert "BROKE OFF: RuntimeError: planted" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("SOMETHING FAILED")
+    assert load(tmp_path, sound)["error"] is None
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu.section")
+
+
+def test_what_the_time_did_not_reach_is_left_out(gpu: ModuleType, tmp_path: Path) -> None:
+    """A section cut in the middle of a row keeps what it had and names the rest; another process goes on with it."""
+    section = gpu.Section("operators", tmp_path)
+    section.plan(["one", "two", "three"])
+    section.add("one", {"median_ms": 1.0})
+    with pytest.raises(gpu.OutOfTime), gpu.limited(0.2):
+        time.sleep(5)
+    assert load(tmp_path, "operators")["left_out"] == dict.fromkeys(["two", "three"], "the section's time was over")
+    again = gpu.Section("operators", tmp_path, resume=True)
+    again.plan(["one", "two", "three"])
+    assert again.done("one")
+    again.fail("two", {}, "wrong")
+    result = load(tmp_path, "operators")
+    assert [row["label"] for row in result["rows"]] == ["one"]
+    assert [row["label"] for row in result["failed"]] == ["two"]
+    assert list(result["left_out"]) == ["three"]
+    assert not again.ok
+
+
+def test_tests_that_take_too_long_leave_those_that_were_done(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu import check
+
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_gpu.py").write_text(
+        "import time, pytest\npytestmark = pytest.mark.gpu\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n"
+    )
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    section = gpu.Section("check", tmp_path)
+    check.tests(section, 4.0, dry=True)
+    assert [row["label"] for row in section.rows] == ["test_quick"]
+    assert "pytest was stopped after 4 s" in section.left_out["tests"]
+
+
+def test_without_pytest_the_section_says_so(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu import check
+
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    monkeypatch.setattr(check, "sanitize", lambda *_: None)
+    section = gpu.Section("check", tmp_path)
+    check.check(section, 5.0, dry=True)
+    assert "pytest is not installed" in section.failed[0]["error"]
