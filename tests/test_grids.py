@@ -34,9 +34,9 @@ every_look = pytest.mark.parametrize(
 )
 
 
-def wanted(case: testing.Case, batch: int, tile: int) -> int:
-    """Programs that the layer has work for, up to one for every multiprocessor."""
-    return min(MULTIPROCESSORS, batch * math.prod(case.shapes["x"][1:]) // tile)
+def wanted(case: testing.Case, tile: int) -> int:
+    """Programs that one sample of the layer has work for, up to one for every multiprocessor."""
+    return min(MULTIPROCESSORS, math.prod(case.shapes["x"]) // tile)
 
 
 @needs_triton
@@ -52,7 +52,7 @@ def test_launches_of_triton(case: testing.Case, dtype: torch.dtype, channels_las
             assert 1 <= call.programs <= MOST
             assert call.num_warps in (1, 2, 4, 8)
             if call.kernel.__name__ in (f"{case.op}_forward", f"{case.op}_backward"):
-                assert call.programs >= wanted(case, batch, TILE), call.kernel.__name__
+                assert call.programs >= wanted(case, TILE), call.kernel.__name__
             # A Python float would reach the kernel as fp64, and all arithmetic with it
             for name, value in call.arguments.items():
                 assert value is None or isinstance(value, Tensor) or type(value) is int, name
@@ -85,11 +85,11 @@ def blocks_of(case: testing.Case, dtype: torch.dtype, channels_last: bool, batch
 @every_look
 @every_layer
 def test_blocks_of_cuda(case: testing.Case, dtype: torch.dtype, channels_last: bool) -> None:
-    for batch in BATCHES:
-        for backward in (False, True):
+    for backward in (False, True):
+        least = wanted(case, BLOCK_BYTES // dtype.itemsize)
+        # Every block of its backward pass leaves a sum for each filter, so it takes fewer
+        least //= 2 if case.op == "depthwise_conv2d" and backward else 1
+        for batch in BATCHES:
             blocks = blocks_of(case, dtype, channels_last, batch, backward)
-            least = wanted(case, batch, BLOCK_BYTES // dtype.itemsize)
-            # Every block of its backward pass leaves a sum for each filter, so it takes fewer
-            least //= 2 if case.op == "depthwise_conv2d" and backward else 1
             assert least <= blocks <= MOST, (batch, backward)
             assert blocks == blocks_of(case, dtype, channels_last, batch, backward), "a function of shapes"

@@ -62,7 +62,7 @@ def drive(options: argparse.Namespace) -> int:
     folder = options.results or (Path(tempfile.mkdtemp(prefix="gpu-dry-")) if options.dry else RESULTS / asked["slug"])
     if options.dry and folder.resolve().is_relative_to(RESULTS):
         sys.exit(f"--results: a dry run writes nothing below {RESULTS}")
-    options.results = folder
+    options.results = folder.resolve()
     print(f"{asked['gpu'] or 'dry run on the CPU'}, torch {asked['torch']}: results in {folder}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end what was started
     timed = [name for name in options.only if name in ("operators", "models")]
@@ -129,9 +129,8 @@ def run_here(options: argparse.Namespace) -> int:
     device = "cpu" if options.dry else "cuda"
 
     def body(section: Section) -> None:
-        import torch
-
         import harness
+        import torch
 
         from gpu import machine, models, operators
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 
-import harness
 import torch
 from reading import load
 
