@@ -25,7 +25,8 @@ SECTIONS = ("machine", "build", "check", "operators", "models")
 
 def drive(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["make", "gpu", "DRY=1", f"PYTHON={sys.executable}", f"RESULTS={folder}", f"GPU={' '.join(arguments)}"]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+    return subprocess.run(command, cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,18 @@ def test_what_the_time_did_not_reach_is_left_out(gpu: ModuleType, tmp_path: Path
     assert [row["label"] for row in result["failed"]] == ["two"]
     assert list(result["left_out"]) == ["three"]
     assert not again.ok
+
+
+def test_a_broken_device_asks_for_another_process(gpu: ModuleType, tmp_path: Path) -> None:
+    from gpu.__main__ import guarded
+
+    def body(section) -> None:
+        section.plan(["one", "two"])
+        section.fail("one", {}, "an illegal memory access was encountered")
+        raise gpu.BrokenDevice
+
+    assert guarded(gpu.Section("models", tmp_path), body) == gpu.AGAIN
+    assert list(load(tmp_path, "models")["left_out"]) == ["two"]
 
 
 def test_tests_that_take_too_long_leave_those_that_were_done(

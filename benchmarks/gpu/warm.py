@@ -62,15 +62,18 @@ def _all_options(op: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def jobs(side: int) -> list[list[Job]]:
-    """What to compile, in lists that share kernels: those of one layer for every batch, dtype and layout."""
+    """What to compile, first what is needed first, in lists that share kernels: those of one row or layer."""
+    dtypes = tuple(operators.DTYPES.values())
     lists: list[list[Job]] = []
-    dtypes = operators.DTYPES.values()
+    for case in testing.CASES:  # as tests/test_gpu.py looks at them
+        batch = case.shapes["x"][0]
+        lists.append([(case, torch.float32, False, batch), (case, torch.bfloat16, True, batch)])
+    for case in testing.TIMED:
+        lists.append([(case, dtype, last, operators.BATCH) for dtype in dtypes for last in (True, False)])
     for variant in models.VARIANTS:
         channels_last = mobileformer.VARIANTS[variant].groups == 1
         for case in layers(variant, side):
             lists.append([(case, dtype, channels_last, task.batch) for dtype in dtypes for task in models.TASKS])
-    for case in testing.TIMED:
-        lists.append([(case, dtype, last, operators.BATCH) for dtype in dtypes for last in (True, False)])
     return lists
 
 
