@@ -1,53 +1,263 @@
-// The two bridges and the attention among tokens. Scores are a matrix product like any other, with a lane for each
-// (head, token) and the queries or keys as weight, zero outside their head. No include guard: once per instruction set.
+// The two bridges. Positions are taken a chunk at a time: their scores, with a lane for each position, stay in the
+// first-level cache, first as they are, then as weights of the softmax. No include guard: once per instruction set.
 
 namespace mf::engine::MF_LEVEL {
 
-constexpr int CHUNK = 112;  // positions whose scores stay in the first-level cache
+constexpr int CHUNK = 112;  // positions; a multiple of every vector
+constexpr float LOWEST = -3.0e38f;
 
-MF_INLINE void score(const Products& products, const float* x, int count, float* scores) {
-  Epilogue e;
-  e.width = count;
-  e.out = scores;
-  pointwise(products, e, x, BLOCK, 0, count, 0, panel_count(products.vectors));
+// Of every head and token, over the positions of a chunk
+struct Scores {
+  float of[BRIDGE_HEADS][MAX_TOKENS][CHUNK];
+};
+
+template <int HALF, size_t... LANE>
+MF_INLINE V interleave(V a, V b, std::index_sequence<LANE...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, int(HALF * LANES / 2 + LANE / 2 + (LANE % 2) * LANES)...);
+#else
+  return __builtin_shuffle(a, b, VI{int(HALF * LANES / 2 + LANE / 2 + (LANE % 2) * LANES)...});
+#endif
 }
 
-// sums[m] += the weights of head `head`, times x, over `count` positions of one block
-template <int M>
-inline void weigh(const float* x, const float* weights, int head, int count, float* sums) {
-  for (int lane = 0; lane < BLOCK; lane += LANES) {
-    V acc[M];
+// A square of LANES x LANES, by log2(LANES) perfect shuffles
+MF_INLINE void transpose(V (&rows)[LANES]) {
+#pragma GCC unroll 4
+  for (int round = 1; round < LANES; round *= 2) {
+    V mixed[LANES];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) acc[m] = load(sums + m * BLOCK + lane);
-    for (int p = 0; p < count; ++p) {
-      const V value = load(x + ptrdiff_t(p) * BLOCK + lane);
-      const float* w = weights + p * BLOCK + head * MAX_TOKENS;
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[m] += value * broadcast(w[m]);
+    for (int i = 0; i < LANES / 2; ++i) {
+      mixed[2 * i] = interleave<0>(rows[i], rows[i + LANES / 2], std::make_index_sequence<LANES>{});
+      mixed[2 * i + 1] = interleave<1>(rows[i], rows[i + LANES / 2], std::make_index_sequence<LANES>{});
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) store(sums + m * BLOCK + lane, acc[m]);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) rows[i] = mixed[i];
   }
 }
 
-// out = x + the values of the heads in [first, last), weighted, over `count` positions of one block
+// scores[h][m] = sum over the channels of head h of x times q [C][8], for `count` positions
 template <int M>
-inline void spread(const float* x, const float* weights, const float* values, ptrdiff_t head_values, int first, int last,
-                   int count, float* out, uint16_t* half) {
+inline void score(const float* x, ptrdiff_t block, int C, int count, const float* q, Scores& scores) {
+  for (int begin = 0; begin < count; begin += LANES) {
+    // the last vector overlaps the one before it, where there is one
+    const int first = begin + LANES <= count || count < LANES ? begin : count - LANES;
+    const int here = count < LANES ? count : LANES;
+    V sums[BRIDGE_HEADS][M] = {};
+    for (int c = 0; c < C; c += LANES) {
+      const float* from = x + c / BLOCK * block + ptrdiff_t(first) * BLOCK + c % BLOCK;
+      V channels[LANES];
+      if (here == LANES) {
+#pragma GCC unroll 16
+        for (int p = 0; p < LANES; ++p) channels[p] = load(from + p * BLOCK);
+      } else {
+        for (int p = 0; p < LANES; ++p) channels[p] = p < here ? load(from + p * BLOCK) : V{};
+      }
+      transpose(channels);
+      const float* query = q + ptrdiff_t(c) * MAX_TOKENS;
+      if (c + LANES <= C / 2 || (c >= C / 2 && c + LANES <= C)) {  // of one head
+        V(&to)[M] = sums[c >= C / 2];
+        V acc[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) acc[m] = to[m];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) {
+#pragma GCC unroll 8
+          for (int m = 0; m < M; ++m) acc[m] += channels[i] * broadcast(query[i * MAX_TOKENS + m]);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) to[m] = acc[m];
+      } else {
+        for (int i = 0; i < LANES && c + i < C; ++i) {
+          V(&to)[M] = sums[c + i >= C / 2];
+          for (int m = 0; m < M; ++m) to[m] += channels[i] * broadcast(query[i * MAX_TOKENS + m]);
+        }
+      }
+    }
+    for (int h = 0; h < BRIDGE_HEADS; ++h) {
+      for (int m = 0; m < M; ++m) store(scores.of[h][m] + first, sums[h][m]);
+    }
+  }
+}
+
+// sums [M][16] += the weights of one head, times x, over `count` positions of one block
+template <int M>
+inline void weigh(const float* x, const float (&weights)[MAX_TOKENS][CHUNK], int count, float* sums) {
   for (int lane = 0; lane < BLOCK; lane += LANES) {
-    for (int h = first; h < last; ++h) {
-      V v[M];
+    V even[M], odd[M] = {};  // of positions: one set of few sums would wait for itself
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) v[m] = load(values + h * head_values + m * BLOCK + lane);
-      const float* from = h == first ? x : out;
-      for (int p = 0; p < count; ++p) {
-        const ptrdiff_t at = ptrdiff_t(p) * BLOCK + lane;
-        const float* w = weights + p * BLOCK + h * MAX_TOKENS;
-        V sum = load(from + at);
+    for (int m = 0; m < M; ++m) even[m] = load(sums + m * BLOCK + lane);
+    int p = 0;
+    for (; p + 2 <= count; p += 2) {
+      const V first = load(x + ptrdiff_t(p) * BLOCK + lane), second = load(x + ptrdiff_t(p + 1) * BLOCK + lane);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sum += v[m] * broadcast(w[m]);
-        store(out + at, sum);
-        if (half && h == last - 1) store_half(half + at, sum);
+      for (int m = 0; m < M; ++m) {
+        even[m] += first * broadcast(weights[m][p]);
+        odd[m] += second * broadcast(weights[m][p + 1]);
+      }
+    }
+    if (p < count) {
+      const V last = load(x + ptrdiff_t(p) * BLOCK + lane);
+      for (int m = 0; m < M; ++m) even[m] += last * broadcast(weights[m][p]);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) store(sums + m * BLOCK + lane, even[m] + odd[m]);
+  }
+}
+
+// out = x + the values [M][16] of one head, weighted, over `count` positions of one block
+template <int M>
+inline void spread(const float* x, const float (&weights)[MAX_TOKENS][CHUNK], const float* values, int count, float* out,
+                   uint16_t* half) {
+  for (int lane = 0; lane < BLOCK; lane += LANES) {
+    V v[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) v[m] = load(values + m * BLOCK + lane);
+    for (int p = 0; p < count; ++p) {
+      const ptrdiff_t at = ptrdiff_t(p) * BLOCK + lane;
+      V sum = load(x + at);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) sum += v[m] * broadcast(weights[m][p]);
+      store(out + at, sum);
+      if (half) store_half(half + at, sum);
+    }
+  }
+}
+
+// The heads whose channels a block has: head 0 is channels [0, C / 2)
+MF_INLINE void heads_of(int block, int C, int* first, int* last) {
+  *first = block * BLOCK < C / 2 ? 0 : 1;
+  *last = block * BLOCK + BLOCK > C / 2 ? 2 : 1;
+}
+
+MF_INLINE float largest(V v) {
+  float most = v[0];
+  for (int lane = 1; lane < LANES; ++lane) most = v[lane] > most ? v[lane] : most;
+  return most;
+}
+
+// A softmax over positions of which only some are known yet, for every head and token. Its weights are 2^(score -
+// reference), and any reference will do that is not far below the largest score: it moves only when it has to.
+template <int M>
+struct Softmax {
+  static constexpr float FAR = 24.0f;  // sums of 2^24 keep all their digits, and are far from overflow
+
+  float reference[BRIDGE_HEADS][M];
+  V sums[BRIDGE_HEADS][M] = {};
+  bool started = false;
+
+  // Scores become weights. Returns whether references moved, by factors that earlier sums have to be multiplied with.
+  MF_INLINE bool add(Scores& scores, int count, float (&factors)[BRIDGE_HEADS][M]) {
+    const int padded = (count + LANES - 1) / LANES * LANES;
+    V over = broadcast(LOWEST);
+    for (int h = 0; h < BRIDGE_HEADS; ++h) {
+      for (int m = 0; m < M; ++m) {
+        float* s = scores.of[h][m];
+        for (int p = count; p < padded; ++p) s[p] = LOWEST;
+        if (!started) continue;
+        for (int p = 0; p < padded; p += LANES) over = maximum(load(s + p) - reference[h][m], over);
+      }
+    }
+    const bool move = !started || largest(over) > FAR;
+    for (int h = 0; h < BRIDGE_HEADS; ++h) {
+      for (int m = 0; m < M; ++m) {
+        float* s = scores.of[h][m];
+        if (move) {
+          V tops = broadcast(started ? reference[h][m] : LOWEST);
+          for (int p = 0; p < padded; p += LANES) tops = maximum(load(s + p), tops);
+          const float top = largest(tops);
+          factors[h][m] = started ? exp2(broadcast(reference[h][m] - top))[0] : 1.0f;
+          reference[h][m] = top;
+          sums[h][m] *= factors[h][m];
+        }
+        for (int p = 0; p < padded; p += LANES) {
+          const V weight = exp2(load(s + p) - reference[h][m]);
+          sums[h][m] += weight;
+          store(s + p, weight);
+        }
+      }
+    }
+    const bool moved = started && move;
+    started = true;
+    return moved;
+  }
+};
+
+template <int M>
+inline void mobile_to_former_of(const Walk& walk, const float* q, int C, float* most, float* sum, float* sums,
+                                float* kept) {
+  const int blocks = (C + BLOCK - 1) / BLOCK;
+  const ptrdiff_t head_sums = ptrdiff_t(blocks) * M * BLOCK;
+  Scores scores;
+  Softmax<M> softmax;
+  for (int row = 0; row < walk.rows; ++row) {
+    for (int begin = 0; begin < walk.width; begin += CHUNK) {
+      const int count = walk.width - begin < CHUNK ? walk.width - begin : CHUNK;
+      const float* x = walk.x + row * walk.row + ptrdiff_t(begin) * BLOCK;
+      score<M>(x, walk.block, C, count, q, scores);
+      if (kept) {
+        float* to = kept + (ptrdiff_t(row) * walk.width + begin) * BLOCK;
+        for (int p = 0; p < count; ++p) {
+          for (int i = 0; i < BRIDGE_HEADS * M; ++i) to[p * BLOCK + i / M * MAX_TOKENS + i % M] = scores.of[i / M][i % M][p];
+        }
+      }
+      float factors[BRIDGE_HEADS][M];
+      const bool moved = softmax.add(scores, count, factors);
+      for (int block = 0; block < blocks; ++block) {
+        int first, last;
+        heads_of(block, C, &first, &last);
+        for (int h = first; h < last; ++h) {
+          float* to = sums + h * head_sums + ptrdiff_t(block) * M * BLOCK;
+          if (moved) {
+            for (int m = 0; m < M; ++m) {
+              for (int lane = 0; lane < BLOCK; lane += LANES) {
+                store(to + m * BLOCK + lane, load(to + m * BLOCK + lane) * factors[h][m]);
+              }
+            }
+          }
+          weigh<M>(x + block * walk.block, scores.of[h], count, to);
+        }
+      }
+    }
+  }
+  for (int i = 0; softmax.started && i < BRIDGE_HEADS * M; ++i) {
+    most[i / M * MAX_TOKENS + i % M] = softmax.reference[i / M][i % M];
+    sum[i / M * MAX_TOKENS + i % M] = sum_lanes(softmax.sums[i / M][i % M]);
+  }
+}
+
+template <int M>
+inline void former_to_mobile_of(const Walk& walk, const float* k, const float* values, int C, float* out, uint16_t* half,
+                                ptrdiff_t half_block) {
+  const int blocks = (C + BLOCK - 1) / BLOCK;
+  const ptrdiff_t head_values = ptrdiff_t(blocks) * M * BLOCK;
+  Scores scores = {};
+  for (int row = 0; row < walk.rows; ++row) {
+    for (int begin = 0; begin < walk.width; begin += CHUNK) {
+      const int count = walk.width - begin < CHUNK ? walk.width - begin : CHUNK;
+      const ptrdiff_t at = row * walk.row + ptrdiff_t(begin) * BLOCK;
+      score<M>(walk.x + at, walk.block, C, count, k, scores);
+      for (auto& head : scores.of) {
+        for (int p = 0; p < count; p += LANES) {
+          V top = load(head[0] + p), total{}, power[M];
+#pragma GCC unroll 8
+          for (int m = 1; m < M; ++m) top = maximum(load(head[m] + p), top);
+#pragma GCC unroll 8
+          for (int m = 0; m < M; ++m) total += power[m] = exp2(load(head[m] + p) - top);
+          const V inverse = 1.0f / total;
+#pragma GCC unroll 8
+          for (int m = 0; m < M; ++m) store(head[m] + p, power[m] * inverse);
+        }
+      }
+      uint16_t* halves = half ? half + (ptrdiff_t(row) * walk.width + begin) * BLOCK : nullptr;
+      for (int block = 0; block < blocks; ++block) {
+        int first, last;
+        heads_of(block, C, &first, &last);
+        float* to = out + at + block * walk.block;
+        for (int h = first; h < last; ++h) {
+          spread<M>(h == first ? walk.x + at + block * walk.block : to, scores.of[h],
+                    values + h * head_values + ptrdiff_t(block) * M * BLOCK, count, to,
+                    halves && h == last - 1 ? halves + block * half_block : nullptr);
+        }
       }
     }
   }
@@ -67,138 +277,14 @@ MF_INLINE void with_tokens(int M, F f) {
   }
 }
 
-// The heads whose channels a block has: head 0 is channels [0, C / 2)
-MF_INLINE void heads_of(int block, int C, int* first, int* last) {
-  *first = block * BLOCK < C / 2 ? 0 : 1;
-  *last = block * BLOCK + BLOCK > C / 2 ? 2 : 1;
+inline void mobile_to_former(const Walk& walk, const float* q, int C, int M, float* most, float* sum, float* sums,
+                             float* kept) {
+  with_tokens(M, [&]<int TOKENS>() { mobile_to_former_of<TOKENS>(walk, q, C, most, sum, sums, kept); });
 }
 
-inline void mobile_to_former(const Walk& walk, const Products& queries, int C, int M, float* most, float* sum,
-                             float* sums, float* scores) {
-  const int blocks = (C + BLOCK - 1) / BLOCK;
-  const ptrdiff_t head_sums = ptrdiff_t(blocks) * M * BLOCK;
-  for (int row = 0; row < walk.rows; ++row) {
-    for (int begin = 0; begin < walk.width; begin += CHUNK) {
-      const int count = walk.width - begin < CHUNK ? walk.width - begin : CHUNK;
-      const float* x = walk.x + row * walk.row + ptrdiff_t(begin) * BLOCK;
-      float local[CHUNK * BLOCK];
-      float* s = scores ? scores + (ptrdiff_t(row) * walk.width + begin) * BLOCK : local;
-      score(queries, x, count, s);
-      // softmax so far: what was summed under the old maximum shrinks by the difference to the new one
-      float shrink[BLOCK];
-      bool grew = false;
-      for (int lane = 0; lane < BLOCK; lane += LANES) {
-        V top = load(most + lane);
-        const V old = top;
-        for (int p = 0; p < count; ++p) top = maximum(load(s + p * BLOCK + lane), top);
-        const V factor = exp2_nonpositive(old - top);
-        V total = load(sum + lane) * factor;
-        for (int p = 0; p < count; ++p) {
-          const V weight = exp2_nonpositive(load(s + p * BLOCK + lane) - top);
-          total += weight;
-          store(local + p * BLOCK + lane, weight);
-        }
-        store(most + lane, top);
-        store(sum + lane, total);
-        store(shrink + lane, factor);
-        for (int i = 0; i < LANES; ++i) grew |= factor[i] != 1.0f;
-      }
-      for (int block = 0; block < blocks; ++block) {
-        int first, last;
-        heads_of(block, C, &first, &last);
-        for (int h = first; h < last; ++h) {
-          float* to = sums + h * head_sums + ptrdiff_t(block) * M * BLOCK;
-          if (grew) {
-            for (int m = 0; m < M; ++m) {
-              for (int i = 0; i < BLOCK; ++i) to[m * BLOCK + i] *= shrink[h * MAX_TOKENS + m];
-            }
-          }
-          with_tokens(M, [&]<int TOKENS>() { weigh<TOKENS>(x + block * walk.block, local, h, count, to); });
-        }
-      }
-    }
-  }
-}
-
-#if defined(MF_LEVEL_AVX512)
-template <bool LARGEST>
-MF_INLINE V join(V a, V b) {
-  return LARGEST ? maximum(a, b) : a + b;
-}
-
-// Every lane learns the largest, or the sum, of the eight lanes of its half
-template <bool LARGEST>
-MF_INLINE V across_eight(V v) {
-#if defined(__clang__)
-#define MF_SWAP(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
-#else
-#define MF_SWAP(v, ...) __builtin_shuffle(v, VI{__VA_ARGS__})
-#endif
-  v = join<LARGEST>(v, MF_SWAP(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-  v = join<LARGEST>(v, MF_SWAP(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  return join<LARGEST>(v, MF_SWAP(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-#undef MF_SWAP
-}
-
-// Softmax over the tokens of each head, position by position; a vector holds both heads
-MF_INLINE void softmax_chunk(float* scores, int count, int M) {
-  V unused{};  // -3e38 in the lanes that have no token
-  for (int lane = 0; lane < LANES; ++lane) unused[lane] = lane % MAX_TOKENS < M ? 0.0f : -3.0e38f;
-  for (int p = 0; p < count; ++p) {
-    const V s = load(scores + p * BLOCK) + unused;
-    const V power = exp2_nonpositive(s - across_eight<true>(s));
-    store(scores + p * BLOCK, power / across_eight<false>(power));
-  }
-}
-#else
-// Softmax over the tokens of each head. Lanes become positions: rows of `square` are (head, token), its columns LANES positions
-MF_INLINE void softmax_chunk(float* scores, int count, int M) {
-  for (int begin = 0; begin < count; begin += LANES) {
-    const int here = count - begin < LANES ? count - begin : LANES;
-    float square[BLOCK][LANES] = {};
-    for (int p = 0; p < here; ++p) {
-      for (int i = 0; i < BLOCK; ++i) square[i][p] = scores[(begin + p) * BLOCK + i];
-    }
-    for (int h = 0; h < BRIDGE_HEADS; ++h) {
-      float(*rows)[LANES] = square + h * MAX_TOKENS;
-      V top = load(rows[0]), total = {};
-      for (int m = 1; m < M; ++m) top = maximum(load(rows[m]), top);
-      for (int m = 0; m < M; ++m) {
-        const V power = exp2_nonpositive(load(rows[m]) - top);
-        total += power;
-        store(rows[m], power);
-      }
-      for (int m = 0; m < M; ++m) store(rows[m], load(rows[m]) / total);
-    }
-    for (int p = 0; p < here; ++p) {
-      for (int i = 0; i < BLOCK; ++i) scores[(begin + p) * BLOCK + i] = square[i][p];
-    }
-  }
-}
-#endif
-
-inline void former_to_mobile(const Walk& walk, const Products& keys, const float* values, int C, int M, float* out,
+inline void former_to_mobile(const Walk& walk, const float* k, const float* values, int C, int M, float* out,
                              uint16_t* half, ptrdiff_t half_block) {
-  const int blocks = (C + BLOCK - 1) / BLOCK;
-  const ptrdiff_t head_values = ptrdiff_t(blocks) * M * BLOCK;
-  for (int row = 0; row < walk.rows; ++row) {
-    for (int begin = 0; begin < walk.width; begin += CHUNK) {
-      const int count = walk.width - begin < CHUNK ? walk.width - begin : CHUNK;
-      const ptrdiff_t at = row * walk.row + ptrdiff_t(begin) * BLOCK;
-      float scores[CHUNK * BLOCK];
-      score(keys, walk.x + at, count, scores);
-      softmax_chunk(scores, count, M);
-      uint16_t* to = half ? half + (ptrdiff_t(row) * walk.width + begin) * BLOCK : nullptr;
-      for (int block = 0; block < blocks; ++block) {
-        int first, last;
-        heads_of(block, C, &first, &last);
-        with_tokens(M, [&]<int TOKENS>() {
-          spread<TOKENS>(walk.x + at + block * walk.block, scores, values + ptrdiff_t(block) * M * BLOCK, head_values,
-                         first, last, count, out + at + block * walk.block, to ? to + block * half_block : nullptr);
-        });
-      }
-    }
-  }
+  with_tokens(M, [&]<int TOKENS>() { former_to_mobile_of<TOKENS>(walk, k, values, C, out, half, half_block); });
 }
 
 }  // namespace mf::engine::MF_LEVEL

@@ -1,4 +1,6 @@
 // The kernels of every instruction set, and the table of each. Compiled once per set, see engine/levels.h.
+#include <utility>
+
 #include "engine/levels.h"
 
 #ifdef MF_LEVEL

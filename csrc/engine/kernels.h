@@ -14,7 +14,7 @@ namespace mf::engine {
 
 constexpr int BLOCK = 16;          // channels of a block
 constexpr int MAX_TOKENS = 8;      // M
-constexpr int BRIDGE_HEADS = 2;    // of both bridges; lane h * 8 + m of a score vector is head h, token m
+constexpr int BRIDGE_HEADS = 2;    // of both bridges
 constexpr int FORMER_HEADS = 4;    // of the attention among tokens
 
 enum class Act { identity, relu6, relu, hardswish, gelu, hard_sigmoid, dynamic_relu };
@@ -84,11 +84,12 @@ struct Kernels {
   void (*pointwise)(const Products&, const Epilogue&, const void* a, ptrdiff_t stride, int begin, int end, int first,
                     int last);
   void (*depthwise)(const Depthwise&, int first_row, int last_row);
-  // Mobile-to-Former over some rows: most [16] and sum [16] by (head, token), sums [2][blocks][M][16] of weighted x
-  void (*mobile_to_former)(const Walk&, const Products& queries, int C, int M, float* most, float* sum, float* sums,
-                           float* scores);
-  // Former-to-Mobile: x += values weighted by the softmax over tokens; values [2][blocks][M][16], zero in other heads
-  void (*former_to_mobile)(const Walk&, const Products& keys, const float* values, int C, int M, float* out,
+  // Mobile-to-Former over some rows, queries [C][8] by token: the reference and the sum of the softmax [16] by head
+  // and token, untouched where there are no rows, and under them the weighted sums of x [2][blocks][M][16]; `kept` [positions][16] are the scores, or null
+  void (*mobile_to_former)(const Walk&, const float* queries, int C, int M, float* most, float* sum, float* sums,
+                           float* kept);
+  // Former-to-Mobile, keys [C][8] by token: x += the values [2][blocks][M][16], zero in the other head, weighted
+  void (*former_to_mobile)(const Walk&, const float* keys, const float* values, int C, int M, float* out,
                            uint16_t* half, ptrdiff_t half_block);
   void (*layer_norm)(float* x, const float* weight, const float* bias, int D, int M);            // x [M][D]
   void (*former_attention)(const float* q, const float* tokens, float* out, int D, int M);       // [M][D] each

@@ -33,16 +33,17 @@ class Pass {
   // tokens
   void linear(const Linear&, const float* in, int in_row, int rows, float* out, int out_row, Act = Act::identity,
               const float* residual = nullptr);
-  void gather(const MobileToFormer&, const Map& in, float* queries, const std::vector<int32_t>& offsets);
+  void gather(const MobileToFormer&, const Map& in, float* queries);
   void token_side(const Block&, BlockSpace&, const Map& in);
   void slopes(const TokenSide&, int which, int places);
   void mix_tokens(const Map& in, int height, int width);
   void spread(const Block&, BlockSpace&);
 
   // maps
-  void pointwise(const Pointwise&, const Offsets&, const void* in, Map& out, const Map* residual, bool half,
-                 int begin, int end, bool by_panels = false);
-  void project(const Pointwise&, const Offsets&, Map& out, const Map* residual, bool half);
+  void pointwise(const Pointwise&, const Offsets&, Map& out, const Map* residual, bool half, int begin, int end,
+                 bool by_panels = false);
+  void grouped(const Pointwise&, const Offsets&, const void* in, Map& out, const Map* residual, bool half, int begin,
+               int end);
   void depthwise(const DepthwiseLayer&, const float* in, ptrdiff_t in_row, const Map& out, int block, const float* slopes,
                  Act, int first_row, int last_row);
   void depthwise_strips(const std::string& stage, const DepthwiseLayer&, const Map& in, const float* slopes, Act,

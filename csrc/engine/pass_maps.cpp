@@ -51,7 +51,7 @@ void Pass::run(const Images& images) {
     in = &own.out;
   }
   name_ = "";
-  gather(weights.gather, *in, space.gather_queries, space.gather_offsets);
+  gather(weights.gather, *in, space.gather_queries);
   dump_tokens("tokens");
   if (extras.tokens && leader()) {
     const size_t count = size_t(network.config.num_tokens) * network.config.token_dim;
@@ -104,60 +104,75 @@ void Pass::stem(const Images& images) {
   mark("stem", double(layer.inputs) * layer.outputs * out.positions());
 }
 
-void Pass::pointwise(const Pointwise& layer, const Offsets& offsets, const void* in, Map& out, const Map* residual,
-                     bool half, int begin, int end, bool by_panels) {
-  const bool ordered = layer.groups.size() == 1;
-  for (size_t g = 0; g < layer.groups.size(); ++g) {
-    Products products = layer.groups[g].products;
-    products.offsets = offsets[g].data();
-    const ptrdiff_t first_block = ptrdiff_t(g) * layer.group_blocks;
-    Epilogue e;
-    e.bias = layer.bias + first_block * BLOCK;
-    e.width = out.width;
-    if (ordered) {
-      e.out = out.data;
-      e.out_block = out.block;
-      e.out_row = out.row;
-      if (residual) {
-        e.residual = residual->data;
-        e.residual_block = residual->block;
-        e.residual_row = residual->row;
-      }
-      if (half) {
-        e.half = out.half;
-        e.half_block = out.half_block;
-      }
-    } else {
-      e.out_block = ptrdiff_t(out.positions()) * BLOCK;
-      e.out_row = ptrdiff_t(out.width) * BLOCK;
-      e.out = space.grouped + first_block * e.out_block;
-    }
-    int first = 0, last = panel_count(products.vectors);
-    if (by_panels) worker.share(last, 1, &first, &last);
-    network.kernels.pointwise(products, e, in, BLOCK, begin, end, first, last);
+// A pointwise layer from `flat` to positions [begin, end) of a map
+void Pass::pointwise(const Pointwise& layer, const Offsets& offsets, Map& out, const Map* residual, bool half, int begin,
+                     int end, bool by_panels) {
+  const void* in = network.bf16 ? static_cast<const void*>(space.flat.half) : space.flat.data;
+  if (layer.groups.size() > 1) return grouped(layer, offsets, in, out, residual, half, begin, end);
+  Products products = layer.groups[0].products;
+  products.offsets = offsets[0].data();
+  Epilogue e;
+  e.bias = layer.bias;
+  e.width = out.width;
+  e.out = out.data;
+  e.out_block = out.block;
+  e.out_row = out.row;
+  if (residual) {
+    e.residual = residual->data;
+    e.residual_block = residual->block;
+    e.residual_row = residual->row;
   }
+  if (half) {
+    e.half = out.half;
+    e.half_block = out.half_block;
+  }
+  int first = 0, last = panel_count(products.vectors);
+  if (by_panels) worker.share(last, 1, &first, &last);
+  network.kernels.pointwise(products, e, in, BLOCK, begin, end, first, last);
 }
 
-// A pointwise layer from `flat` to a map, whose channels a grouped one then has to put in order
-void Pass::project(const Pointwise& layer, const Offsets& offsets, Map& out, const Map* residual, bool half) {
-  const void* in = network.bf16 ? static_cast<const void*>(space.flat.half) : space.flat.data;
-  const int P = out.positions();
-  const bool ordered = layer.groups.size() == 1;
-  const bool by_panels = P < 128 && ordered;
-  int begin = 0, end = P;
-  if (!by_panels) worker.share(P, 14, &begin, &end);
-  pointwise(layer, offsets, in, out, residual, half, begin, end, by_panels);
-  if (ordered) return;
+// Group by group for a few positions, and then their channels in the order of the map
+void Pass::grouped(const Pointwise& layer, const Offsets& offsets, const void* in, Map& out, const Map* residual,
+                   bool half, int begin, int end) {
+  constexpr int chunk = GROUPED_CHUNK;
   const int each = layer.outputs / int(layer.groups.size());
-  for (int n = 0; n < layer.outputs; ++n) {
-    const int place = n / each * layer.group_blocks * BLOCK + n % each, target = layer.target[n];
-    const float* from = space.grouped + ptrdiff_t(place / BLOCK) * P * BLOCK + place % BLOCK;
-    const ptrdiff_t block = target / BLOCK, lane = target % BLOCK;
-    int y = begin / out.width, x = begin % out.width;
-    for (int p = begin; p < end; ++p) {
-      float value = from[ptrdiff_t(p) * BLOCK];
-      if (residual) value += residual->data[block * residual->block + y * residual->row + x * BLOCK + lane];
-      out.data[block * out.block + y * out.row + x * BLOCK + lane] = value;
+  float* made = space.scratch[worker.rank].grouped;
+  const size_t element = network.bf16 ? 2 : 4;
+  for (int at = begin; at < end; at += chunk) {
+    const int count = std::min(chunk, end - at);
+    for (size_t g = 0; g < layer.groups.size(); ++g) {
+      Products products = layer.groups[g].products;
+      products.offsets = offsets[g].data();
+      Epilogue e;
+      e.bias = layer.bias + ptrdiff_t(g) * layer.group_blocks * BLOCK;
+      e.width = count;
+      e.out = made + ptrdiff_t(g) * layer.group_blocks * chunk * BLOCK;
+      e.out_block = ptrdiff_t(chunk) * BLOCK;
+      network.kernels.pointwise(products, e, static_cast<const char*>(in) + size_t(at) * BLOCK * element, BLOCK, 0, count,
+                                0, panel_count(products.vectors));
+    }
+    int y = at / out.width, x = at % out.width;
+    for (int p = 0; p < count; ++p) {
+      float* to = out.data + y * out.row + x * BLOCK;
+      const float* add = residual ? residual->data + y * residual->row + x * BLOCK : nullptr;
+      float ordered[MAX_GROUPED];  // its gaps stay zero
+      std::fill_n(ordered, out.blocks * BLOCK, 0.0f);
+      if (layer.shuffled) {
+        for (int n = 0; n < each; ++n) {
+          const float* from = made + (ptrdiff_t(n / BLOCK) * chunk + p) * BLOCK + n % BLOCK;
+          for (int g = 0; g < 4; ++g) ordered[4 * n + g] = from[ptrdiff_t(g) * layer.group_blocks * chunk * BLOCK];
+        }
+      } else {
+        for (int g = 0; g < 4; ++g) {
+          for (int n = 0; n < each; n += BLOCK) {
+            const float* from = made + (ptrdiff_t(g * layer.group_blocks + n / BLOCK) * chunk + p) * BLOCK;
+            std::copy_n(from, std::min(BLOCK, each - n), ordered + g * each + n);
+          }
+        }
+      }
+      for (int b = 0; b < out.blocks; ++b) {
+        for (int i = 0; i < BLOCK; ++i) to[b * out.block + i] = ordered[b * BLOCK + i] + (add ? add[b * residual->block + i] : 0.0f);
+      }
       if (++x == out.width) x = 0, ++y;
     }
   }
@@ -222,9 +237,9 @@ void Pass::spatial_relu(float* x, ptrdiff_t row, int width, int first_row, int l
 void Pass::depthwise_strips(const std::string& stage, const DepthwiseLayer& layer, const Map& in, const float* slopes, Act act,
                             const Pointwise& then, const Offsets& offsets, Map& out, const Map* residual, bool half) {
   const int blocks = int(layer.in_block.size());
-  const bool ordered = then.groups.size() == 1 && !extras.stages;
+  const bool whole = extras.stages != nullptr;  // whoever looks inside wants all of the first
   const size_t row_bytes = layer.places.size() * out.width * (network.bf16 ? 2 : 4);
-  const int strip = ordered ? std::max(1, int(STRIP_BYTES / row_bytes)) : out.height;
+  const int strip = whole ? out.height : std::max(1, int(STRIP_BYTES / row_bytes));
   int first, last;
   worker.share(out.height, 1, &first, &last);
   for (int y = first; y < last; y += strip) {
@@ -232,15 +247,8 @@ void Pass::depthwise_strips(const std::string& stage, const DepthwiseLayer& laye
     for (int b = 0; b < blocks; ++b) {
       depthwise(layer, in.data + layer.in_block[b] * in.block, in.row, out, b, slopes, act, y, until);
     }
-    if (ordered) {
-      const void* from = network.bf16 ? static_cast<const void*>(space.flat.half) : space.flat.data;
-      pointwise(then, offsets, from, out, residual, half, y * out.width, until * out.width);
-    }
-  }
-  if (!ordered) {
-    worker.sync();
     dump_flat(stage, layer.places, out.height, out.width);
-    project(then, offsets, out, residual, half);
+    pointwise(then, offsets, out, residual, half, y * out.width, until * out.width);
   }
   worker.sync();
 }
@@ -298,12 +306,16 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
   }
   worker.sync();
   dump_flat(name_ + ".depthwise", block.depthwise.places, own.height, own.width);
-  project(block.project, own.project, own.out, block.has_skip ? &in : nullptr, false);
+  // few positions are dealt out by outputs, many by positions
+  const bool by_panels = own.out.positions() < 128 && block.project.groups.size() == 1;
+  int begin = 0, end = own.out.positions();
+  if (!by_panels) worker.share(end, 14, &begin, &end);
+  pointwise(block.project, own.project, own.out, block.has_skip ? &in : nullptr, false, begin, end, by_panels);
   worker.sync();
   const int P = own.out.positions();
+  mark(name_ + ".project", multiply_adds(block.project, P));
   mark(name_ + ".expand", multiply_adds(block.expand, P));
   mark(name_ + ".depthwise", multiply_adds(block.depthwise, P));
-  mark(name_ + ".project", multiply_adds(block.project, P));
   spread(block, own);
 }
 

@@ -10,29 +10,11 @@ namespace {
 
 constexpr float LN_2 = 0.69314718055994531f;
 
-// weight (channel, lane) of a score product: lane h * 8 + m, in the panels of the instruction set
-void pack_scores(const Kernels& kernels, const float* rows, int row, int C, int M, float* packed) {
-  const int vectors = BLOCK / kernels.lanes;
-  for (int i = 0; i < panel_count(vectors); ++i) {
-    const int first = first_vector(vectors, i) * kernels.lanes, width = panel_vectors(vectors, i) * kernels.lanes;
-    float* panel = packed + ptrdiff_t(first) * C;
-    for (int c = 0; c < C; ++c) {
-      const int head = c < C / BRIDGE_HEADS ? 0 : 1;
-      for (int m = 0; m < M; ++m) {
-        const int lane = head * MAX_TOKENS + m - first;
-        if (lane >= 0 && lane < width) panel[ptrdiff_t(c) * width + lane] = rows[ptrdiff_t(m) * row + c];
-      }
-    }
+// [M][row], of which C channels, to [C][8]
+void by_channel(const float* rows, int row, int C, int M, float* to) {
+  for (int c = 0; c < C; ++c) {
+    for (int m = 0; m < M; ++m) to[c * MAX_TOKENS + m] = rows[ptrdiff_t(m) * row + c];
   }
-}
-
-Products score_products(const Kernels& kernels, int channels, const std::vector<int32_t>& offsets, const float* packed) {
-  Products products;
-  products.depth = channels;
-  products.offsets = offsets.data();
-  products.weight = packed;
-  products.vectors = BLOCK / kernels.lanes;
-  return products;
 }
 
 // A member's share of a map's positions
@@ -79,11 +61,11 @@ void Pass::linear(const Linear& layer, const float* in, int in_row, int rows, fl
 }
 
 // tokens <- norm(tokens + project(gate * attention of the tokens over the map's positions))
-void Pass::gather(const MobileToFormer& part, const Map& in, float* queries, const std::vector<int32_t>& offsets) {
+void Pass::gather(const MobileToFormer& part, const Map& in, float* queries) {
   const int M = network.config.num_tokens, D = network.config.token_dim, C = part.channels;
   const int blocks = blocks_of(C), half_row = blocks * BLOCK, row = 2 * half_row;
   linear(part.query_and_gate, space.tokens, D, M, space.query_gate, row);
-  if (leader()) pack_scores(network.kernels, space.query_gate, row, C, M, queries);
+  if (leader()) by_channel(space.query_gate, row, C, M, queries);
   worker.sync();
   mark(name_ + ".mobile_to_former, tokens");
 
@@ -95,8 +77,7 @@ void Pass::gather(const MobileToFormer& part, const Map& in, float* queries, con
   int begin;
   const Walk walk = walk_of(in, worker, &begin);
   float* scores = space.scores ? space.scores + ptrdiff_t(begin) * BLOCK : nullptr;
-  network.kernels.mobile_to_former(walk, score_products(network.kernels, C, offsets, queries), C, M, own.most,
-                                   own.most + BLOCK, own.sums, scores);
+  network.kernels.mobile_to_former(walk, queries, C, M, own.most, own.most + BLOCK, own.sums, scores);
   worker.sync();
   mark(name_ + ".mobile_to_former", 2.0 * C * M * in.positions());
 
@@ -142,7 +123,7 @@ void Pass::gather(const MobileToFormer& part, const Map& in, float* queries, con
 void Pass::token_side(const Block& block, BlockSpace& own, const Map& in) {
   const TokenSide& side = block.tokens;
   const int M = network.config.num_tokens, D = network.config.token_dim;
-  gather(side.gather, in, own.queries, own.query_offsets);
+  gather(side.gather, in, own.queries);
   dump_tokens(name_ + ".mobile_to_former");
 
   linear(side.query, space.tokens, D, M, space.row, D);
@@ -161,7 +142,7 @@ void Pass::token_side(const Block& block, BlockSpace& own, const Map& in) {
   const int N = block.config.out_channels, half_row = blocks_of(N) * BLOCK;
   linear(side.key_and_value, space.tokens, D, M, space.key_value, 2 * half_row);
   if (leader()) {
-    pack_scores(network.kernels, space.key_value, 2 * half_row, N, M, own.keys);
+    by_channel(space.key_value, 2 * half_row, N, M, own.keys);
     for (int m = 0; m < M; ++m) {
       const float* value = space.key_value + m * 2 * half_row + half_row;
       for (int c = 0; c < N; ++c) {
@@ -226,8 +207,7 @@ void Pass::spread(const Block& block, BlockSpace& own) {
   const int N = block.config.out_channels, M = network.config.num_tokens;
   int begin;
   const Walk walk = walk_of(own.out, worker, &begin);
-  network.kernels.former_to_mobile(walk, score_products(network.kernels, N, own.key_offsets, own.keys), own.values, N, M,
-                                   const_cast<float*>(walk.x),
+  network.kernels.former_to_mobile(walk, own.keys, own.values, N, M, const_cast<float*>(walk.x),
                                    own.out.half ? own.out.half + ptrdiff_t(begin) * BLOCK : nullptr, own.out.half_block);
   worker.sync();
   mark(name_ + ".former_to_mobile", 2.0 * N * M * own.out.positions());

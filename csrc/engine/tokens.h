@@ -35,7 +35,7 @@ inline void former_attention(const float* q, const float* tokens, float* out, in
       }
       float total = 0;
       for (int lane = 0; lane < BLOCK; lane += LANES) {
-        const V power = exp2_nonpositive(load(weights + lane) - top);
+        const V power = exp2(load(weights + lane) - top);
         store(weights + lane, power);
         total += sum_lanes(power);
       }

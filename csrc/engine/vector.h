@@ -41,8 +41,8 @@ MF_INLINE void store_half(uint16_t* target, V v) {
   __builtin_memcpy(target, &half, sizeof(half));
 }
 
-// 2^x for x <= 0; 0 where that would be denormal
-MF_INLINE V exp2_nonpositive(V x) {
+// 2^x for x < 127; 0 where that would be denormal
+MF_INLINE V exp2(V x) {
   const V clamped = maximum(x, broadcast(-126.0f));
   const V shifted = clamped + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
   const V r = clamped - (shifted - 12582912.0f);
@@ -68,7 +68,7 @@ MF_INLINE V gelu(V x) {
   V p = broadcast(coefficients[0]);
 #pragma GCC unroll 9
   for (int i = 1; i < 10; ++i) p = p * t + coefficients[i];
-  const V complement = exp2_nonpositive(z * z * float(-1.4426950408889634)) * p;
+  const V complement = exp2(z * z * float(-1.4426950408889634)) * p;
   return x * 0.5f * (x < V{} ? complement : 2.0f - complement);
 }
 

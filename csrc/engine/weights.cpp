@@ -165,8 +165,9 @@ class Builder {
   }
 
   // `source` is where the inputs lie; `shuffled`: the outputs leave in the order of a channel shuffle
-  Pointwise pointwise(const std::string& name, int outputs, int inputs, const Places& source, bool shuffled) {
-    const int groups = config_.groups, N = outputs / groups, K = inputs / groups;
+  Pointwise pointwise(const std::string& name, int outputs, int inputs, const Places& source, bool shuffled,
+                      bool to_map = true) {
+    const int G = config_.groups, N = outputs / G, K = inputs / G;
     const float* weight = read_(name + ".weight", {outputs, K, 1, 1});
     const float* bias = read_(name + ".bias", {outputs});
     std::vector<int> storage(inputs, -1);
@@ -176,43 +177,48 @@ class Builder {
     Pointwise layer;
     layer.inputs = K;
     layer.outputs = outputs;
-    layer.group_blocks = blocks_of(N);
-    layer.blocks = groups * layer.group_blocks;
-    float* biases = nullptr;
-    for (int g = 0; g < groups; ++g) {
+    layer.shuffled = shuffled && G > 1;
+    // Outputs of all groups that fit one block together are one product, with zeros between groups: that takes no more
+    // vector products than the groups apart, each of which would fill a block on its own, and leaves them in order.
+    const bool merged = G > 1 && to_map && outputs <= BLOCK;
+    const int products = merged ? 1 : G, width = outputs / products, depth = inputs / products;
+    // row of the stored weight that output n of product g is
+    const auto row = [&](int g, int n) {
+      if (!merged) return g * N + n;
+      return shuffled ? n % G * N + n / G : n;
+    };
+    layer.group_blocks = blocks_of(width);
+    layer.blocks = products * layer.group_blocks;
+    for (int g = 0; g < products; ++g) {
       Pointwise::Group group;
-      // what each input of the packed layer is: a column of the stored weight, -1 beside a pair's only member
-      std::vector<int> columns;
-      std::map<int, int> column_at;
-      for (int k = 0; k < K; ++k) column_at[storage[g * K + k]] = k;
-      for (const auto& [place, column] : column_at) {
+      // what each input of the product is in logical order, -1 beside a pair's only member
+      std::vector<int> channels;
+      std::map<int, int> channel_at;
+      for (int k = 0; k < depth; ++k) channel_at[storage[g * depth + k]] = g * depth + k;
+      for (const auto& [place, channel] : channel_at) {
         if (maps_ == Format::bf16) {
           const int pair = place / 2 * 2;
           if (!group.inputs.empty() && group.inputs.back() == pair) continue;
           group.inputs.push_back(pair);
           for (int member : {pair, pair + 1}) {
-            const auto found = column_at.find(member);
-            columns.push_back(found == column_at.end() ? -1 : found->second);
+            const auto found = channel_at.find(member);
+            channels.push_back(found == channel_at.end() ? -1 : found->second);
           }
         } else {
           group.inputs.push_back(place);
-          columns.push_back(column);
+          channels.push_back(channel);
         }
       }
-      group.products = pack_.products(maps_, N, int(group.inputs.size()), [&](int n, int k) {
-        return columns[k] < 0 ? 0.0f : weight[long(g * N + n) * K + columns[k]];
+      group.products = pack_.products(maps_, width, int(group.inputs.size()), [&](int n, int k) {
+        const int output = row(g, n), channel = channels[k];
+        return channel >= 0 && channel / K == output / N ? weight[long(output) * K + channel % K] : 0.0f;
       });
       layer.groups.push_back(std::move(group));
     }
-    biases = const_cast<float*>(pack_.vector(layer.blocks * BLOCK, [](int) { return 0.0f; }));
-    layer.target.resize(outputs);
-    for (int g = 0; g < groups; ++g) {
-      for (int n = 0; n < N; ++n) {
-        biases[g * layer.group_blocks * BLOCK + n] = bias[g * N + n];
-        layer.target[g * N + n] = shuffled && groups > 1 ? n * groups + g : g * N + n;
-      }
-    }
-    layer.bias = biases;
+    layer.bias = pack_.vector(layer.blocks * BLOCK, [&](int i) {
+      const int g = i / (layer.group_blocks * BLOCK), n = i % (layer.group_blocks * BLOCK);
+      return n < width ? bias[row(g, n)] : 0.0f;
+    });
     return layer;
   }
 
@@ -300,7 +306,7 @@ class Builder {
       for (int i = 0; i < K; ++i) stored[i] = i;
       for (int i = 0; i < int(in_block.size()); ++i) in_block[i] = i;
       b.tokens = token_side(name, C, N, {".expand_relu", ".depthwise_relu"}, {hidden, hidden});
-      b.expand = pointwise(name + ".expand", K, C, in_order(C), true);
+      b.expand = pointwise(name + ".expand", K, C, in_order(C), true, false);
       b.windows = windows(b.expand);
       b.depthwise = depthwise(name + ".depthwise", hidden, stored, in_block, 1);
       b.project = pointwise(name + ".project", N, K, hidden, true);
@@ -333,7 +339,7 @@ class Builder {
     if (config_.groups > 1) {
       for (int i = 0; i < C; ++i) source[i % config_.groups * (C / config_.groups) + i / config_.groups] = i;
     }
-    w.head = pointwise("head.expand", 6 * C, C, source, false);
+    w.head = pointwise("head.expand", 6 * C, C, source, false, false);
     w.fc = linear("head.fc", config_.hidden_features, 6 * C + D);
     w.classifier = linear("head.classifier", config_.num_classes, config_.hidden_features);
     read_.finish();
@@ -400,6 +406,12 @@ Places in_groups(int channels, int groups) {
 }
 
 Weights::Weights(const Config& config, const Arrays& arrays, bool bf16, const Kernels& kernels) {
+  if (config.groups != 1 && config.groups != 4) {
+    throw std::invalid_argument("config: groups: expected 1 or 4, got " + std::to_string(config.groups));
+  }
+  if (config.num_tokens < 1 || config.num_tokens > MAX_TOKENS) {
+    throw std::invalid_argument("config: num_tokens: expected 1 to 8, got " + std::to_string(config.num_tokens));
+  }
   Builder(config, arrays, arena, bf16, kernels).build(*this);
 }
 

@@ -70,7 +70,7 @@ struct Pointwise {
   int blocks = 0;               // of all outputs
   int group_blocks = 0;
   int inputs = 0, outputs = 0;
-  Places target;  // storage of the output map for each output of the convolution, where the groups are shuffled
+  bool shuffled = false;  // output n of group g is channel n * groups + g, instead of group after group
 };
 
 // Panels [first_panel, last_panel) of a group, which make `blocks` whole blocks of it: at most three.

@@ -35,12 +35,6 @@ Offsets offsets_of(const Pointwise& layer, ptrdiff_t block) {
   return offsets;
 }
 
-std::vector<int32_t> channel_offsets(int channels, ptrdiff_t block) {
-  std::vector<int> storage(channels);
-  std::iota(storage.begin(), storage.end(), 0);
-  return offsets_of(storage, block);
-}
-
 }  // namespace
 
 Workspace::Workspace(const Config& config, const Weights& weights, bool bf16, int height, int width, int threads)
@@ -51,7 +45,8 @@ Workspace::Workspace(const Config& config, const Weights& weights, bool bf16, in
   stem = make_map(arena, C, h, w, true);
   scratch.resize(threads);
 
-  size_t flat_floats = 0, grouped_floats = 0, slope_floats = 0;
+  size_t flat_floats = 0, slope_floats = 0;
+  int grouped_blocks = 0;
   int widest = C, most_blocks = blocks_of(C);
   Map in = stem;
   for (size_t i = 0; i < weights.blocks.size(); ++i) {
@@ -68,21 +63,18 @@ Workspace::Workspace(const Config& config, const Weights& weights, bool bf16, in
     const ptrdiff_t flat_block = ptrdiff_t(positions) * BLOCK;
     space.project = offsets_of(b.project, flat_block);
     flat_floats = std::max(flat_floats, b.depthwise.places.size() * positions);
-    grouped_floats = std::max(grouped_floats, size_t(b.project.blocks) * flat_block);
+    grouped_blocks = std::max({grouped_blocks, b.project.blocks, b.squeeze.blocks});
     if (b.config.kind == Kind::same) {
       space.expand = offsets_of(b.expand, bf16 ? in.half_block : in.block);
     } else if (b.config.kind == Kind::down) {
       space.middle = make_map(arena, N, h, w, true);
       space.squeeze = offsets_of(b.squeeze, flat_block);
       flat_floats = std::max(flat_floats, b.second.places.size() * positions);
-      grouped_floats = std::max(grouped_floats, size_t(b.squeeze.blocks) * flat_block);
     }
     if (b.config.kind != Kind::lite) {
-      space.queries = arena.take(size_t(C) * BLOCK);
-      space.keys = arena.take(size_t(N) * BLOCK);
+      space.queries = arena.take(size_t(C) * MAX_TOKENS);
+      space.keys = arena.take(size_t(N) * MAX_TOKENS);
       space.values = arena.take(size_t(BRIDGE_HEADS) * blocks_of(N) * M * BLOCK);
-      space.query_offsets = channel_offsets(C, in.block);
-      space.key_offsets = channel_offsets(N, space.out.block);
       slope_floats = std::max({slope_floats, 2 * b.depthwise.places.size(), 2 * b.second.places.size()});
     }
     for (Scratch& own : scratch) {
@@ -97,11 +89,9 @@ Workspace::Workspace(const Config& config, const Weights& weights, bool bf16, in
   }
   flat.data = arena.take(flat_floats);
   flat.half = reinterpret_cast<uint16_t*>(flat.data);
-  grouped = config.groups > 1 ? arena.take(grouped_floats) : nullptr;
   head = make_map(arena, 6 * C, h, w, false);
   head_offsets = offsets_of(weights.head, bf16 ? in.half_block : in.block);
-  gather_queries = arena.take(size_t(C) * BLOCK);
-  gather_offsets = channel_offsets(C, in.block);
+  gather_queries = arena.take(size_t(C) * MAX_TOKENS);
   for (int k = 0; k < 9 * config.in_chans; ++k) stem_offsets.push_back(k / 3 * (width + 2) + k % 3);
   in_order.resize(std::max({6 * C + D, config.hidden_features, 2 * D}));
   std::iota(in_order.begin(), in_order.end(), 0);
@@ -123,6 +113,7 @@ Workspace::Workspace(const Config& config, const Weights& weights, bool bf16, in
   }
   for (Scratch& own : scratch) {
     if (config.spatial_dynamic_relu && bf16) own.plane = arena.take(size_t(stem.height) * stem.width * BLOCK);
+    if (config.groups > 1) own.grouped = arena.take(size_t(grouped_blocks) * GROUPED_CHUNK * BLOCK);
     own.image_rows = arena.take(size_t(config.in_chans) * 3 * (width + 2));
     own.most = arena.take(2 * BLOCK);
     own.sums = arena.take(size_t(BRIDGE_HEADS) * most_blocks * M * BLOCK);

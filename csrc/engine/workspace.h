@@ -22,13 +22,15 @@ using Offsets = std::vector<std::vector<int32_t>>;
 struct BlockSpace {
   Map out;
   Map middle;        // down: the squeezed map, with border
-  float* queries = nullptr;  // [C][16] as the score kernels take it
-  float* keys = nullptr;
+  float* queries = nullptr;  // [C][8]
+  float* keys = nullptr;     // [C'][8]
   float* values = nullptr;  // [2][blocks of C'][M][16]
   Offsets expand, squeeze, project;
-  std::vector<int32_t> query_offsets, key_offsets;
   int height = 0, width = 0;  // of the output
 };
+
+constexpr int GROUPED_CHUNK = 112;   // positions that a grouped layer makes before they are put in order
+constexpr int MAX_GROUPED = 256;     // channels of a map that one makes
 
 // What the members of a team each need for themselves.
 struct Scratch {
@@ -36,6 +38,7 @@ struct Scratch {
   float* image_rows = nullptr;  // [channels][3][W + 2]
   float* most = nullptr;        // [16], then sum [16]
   float* sums = nullptr;        // [2][blocks][M][16]
+  float* grouped = nullptr;     // [blocks][112][16] as a grouped layer makes them, group by group
   float* plane = nullptr;       // [positions][16], with spatial dynamic ReLU in bfloat16
 };
 
@@ -47,16 +50,15 @@ struct Workspace {
   Map stem;
   std::vector<BlockSpace> blocks;
   Map flat;       // any depthwise output: float or bfloat16
-  float* grouped = nullptr;  // what a grouped layer makes before its channels are put in order
   Map head;
   std::vector<Scratch> scratch;
 
   // tokens: rows of D, and of what the linear layers make of them
   float *tokens, *query_gate, *gathered, *row, *wide, *slopes[2], *reduced, *key_value;
   float* joint;  // [6C + D]
-  float* gather_queries;  // of the last bridge
+  float* gather_queries;  // of the last bridge, [C][8]
   Offsets head_offsets;
-  std::vector<int32_t> gather_offsets, stem_offsets, in_order;
+  std::vector<int32_t> stem_offsets, in_order;
   float* scores = nullptr;  // spatial: [positions][16]
   float* mix = nullptr;     // spatial: [positions][8]
 };
