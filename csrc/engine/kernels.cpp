@@ -13,6 +13,8 @@
 
 #include "engine/attention.h"
 
+#include "engine/stem.h"
+
 #include "engine/tokens.h"
 
 namespace mf::engine::MF_LEVEL {
@@ -26,7 +28,7 @@ constexpr bool PAIRS = false;
 #endif
 
 extern const Kernels KERNELS = {
-    MF_NAME(MF_LEVEL), LANES,      PAIRS,            pointwise,    depthwise, mobile_to_former,
+    MF_NAME(MF_LEVEL), LANES,      PAIRS,            pointwise, split_row, stem, depthwise, mobile_to_former,
     former_to_mobile,  layer_norm, former_attention, spatial_relu, to_half, mean,
 };
 

@@ -53,6 +53,15 @@ struct Epilogue {
   ptrdiff_t half_block = 0;
 };
 
+// A row of the first convolution's output: relu6(3 x 3 of stride 2 + bias).
+struct Stem {
+  const float* rows[3] = {};      // each [channels][2][half]: even and odd columns, see split_row
+  ptrdiff_t half = 0;             // floats
+  int channels = 0, outputs = 0;  // outputs: a multiple of 4
+  const float* weight = nullptr;  // [channels][3][3][outputs]
+  const float* bias = nullptr;    // [outputs]
+};
+
 struct Depthwise {
   const float* in = nullptr;  // one block, with border; first input position of output (0, 0)'s window centre
   ptrdiff_t in_row = 0;       // floats
@@ -83,6 +92,8 @@ struct Kernels {
   // positions [begin, end) of panels [first, last) of one group; `a` is position 0, `stride` elements from one to the next
   void (*pointwise)(const Products&, const Epilogue&, const void* a, ptrdiff_t stride, int begin, int end, int first,
                     int last);
+  void (*split_row)(const float* row, int width, float* even, float* odd);
+  void (*stem)(const Stem&, int width, float* out, ptrdiff_t out_block);
   void (*depthwise)(const Depthwise&, int first_row, int last_row);
   // Mobile-to-Former over some rows, queries [C][8] by token: the reference and the sum of the softmax [16] by head
   // and token, untouched where there are no rows, and under them the weighted sums of x [2][blocks][M][16]; `kept` [positions][16] are the scores, or null

@@ -24,7 +24,7 @@ class Pass {
   const int image;
 
   void stem(const Images&);
-  void image_rows(const Images&, int y);
+  void image_row(const Images&, int row);
   void lite(const Block&, BlockSpace&, const Map& in);
   void same(const Block&, BlockSpace&, const Map& in);
   void down(const Block&, BlockSpace&, const Map& in);

@@ -60,48 +60,44 @@ void Pass::run(const Images& images) {
   head(*in);
 }
 
-// The three rows of the image under the windows of output row y, with a column of zeros at either end
-void Pass::image_rows(const Images& images, int y) {
+// Row `row` of the image to where the stem reads it; zeros above and below the image
+void Pass::image_row(const Images& images, int row) {
   const int W = images.width, channels = images.channels;
-  float* to = space.scratch[worker.rank].image_rows;
-  for (int c = 0; c < channels; ++c) {
-    for (int r = 0; r < 3; ++r, to += W + 2) {
-      const int row = 2 * y + r - 1;
-      if (row < 0 || row >= images.height) {
-        std::fill_n(to, W + 2, 0.0f);
-      } else if (images.floats) {
-        std::copy_n(images.floats + ((size_t(image) * channels + c) * images.height + row) * W, W, to + 1);
-      } else {
-        const uint8_t* from = images.bytes + (size_t(image) * images.height + row) * W * channels + c;
-        const float scale = 1.0f / (255.0f * network.config.std[c]);
-        const float shift = network.config.mean[c] / network.config.std[c];
-        for (int x = 0; x < W; ++x) to[x + 1] = float(from[x * channels]) * scale - shift;
-      }
+  Scratch& own = space.scratch[worker.rank];
+  float* to = own.image_rows + ptrdiff_t((row + 3) % 3) * channels * 2 * space.image_half;
+  for (int c = 0; c < channels; ++c, to += 2 * space.image_half) {
+    if (row < 0 || row >= images.height) {
+      std::fill_n(to, 2 * space.image_half, 0.0f);
+      continue;
     }
+    const float* from = own.image_row;
+    if (images.floats) {
+      from = images.floats + ((size_t(image) * channels + c) * images.height + row) * W;
+    } else {
+      const uint8_t* bytes = images.bytes + (size_t(image) * images.height + row) * W * channels + c;
+      const float scale = 1.0f / (255.0f * network.config.std[c]);
+      const float shift = network.config.mean[c] / network.config.std[c];
+      for (int x = 0; x < W; ++x) own.image_row[x] = float(bytes[x * channels]) * scale - shift;
+    }
+    network.kernels.split_row(from, W, to, to + space.image_half);
   }
 }
 
 void Pass::stem(const Images& images) {
-  const Linear& layer = weights.stem;
+  Stem s = weights.stem;
   Map& out = space.stem;
-  Products products = layer.products;
-  products.offsets = space.stem_offsets.data();
+  s.half = space.image_half;
+  const ptrdiff_t slot = ptrdiff_t(s.channels) * 2 * s.half;
   int first, last;
   worker.share(out.height, 1, &first, &last);
   for (int y = first; y < last; ++y) {
-    image_rows(images, y);
-    Epilogue e;
-    e.bias = layer.bias;
-    e.act = Act::relu6;
-    e.width = out.width;
-    e.out = out.data + y * out.row;
-    e.out_block = out.block;
-    network.kernels.pointwise(products, e, space.scratch[worker.rank].image_rows, 2, 0, out.width, 0,
-                              panel_count(products.vectors));
+    for (int r = y == first ? -1 : 0; r < 2; ++r) image_row(images, 2 * y + r);
+    for (int r = 0; r < 3; ++r) s.rows[r] = space.scratch[worker.rank].image_rows + (2 * y + r + 2) % 3 * slot;
+    network.kernels.stem(s, out.width, out.data + y * out.row, out.block);
   }
   worker.sync();
   dump("stem", out);
-  mark("stem", double(layer.inputs) * layer.outputs * out.positions());
+  mark("stem", 9.0 * s.channels * s.outputs * out.positions());
 }
 
 // A pointwise layer from `flat` to positions [begin, end) of a map

@@ -108,8 +108,6 @@ inline void tile_of(int rows, const Products& p, const Epilogue& e, const char* 
   // In blocked maps the distance is known, and addresses cost nothing
   if (stride == BLOCK) {
     tile<FORMAT, ROWS, VECTORS>(p, e, a, BLOCK, weight, vector, position, y, x);
-  } else if (FORMAT == Format::f32 && stride == 2) {  // and in the rows of an image, which the stem reads
-    tile<FORMAT, ROWS, VECTORS>(p, e, a, 2, weight, vector, position, y, x);
   } else {
     tile<FORMAT, ROWS, VECTORS>(p, e, a, stride, weight, vector, position, y, x);
   }

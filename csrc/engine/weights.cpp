@@ -346,16 +346,16 @@ class Builder {
   }
 
  private:
-  Linear stem() {
+  Stem stem() {
     const int N = config_.stem_channels, K = 9 * config_.in_chans;
+    if (N % 4 != 0) throw std::invalid_argument("config: stem_channels: expected a multiple of 4, got " + std::to_string(N));
     const float* weight = read_("stem.weight", {N, config_.in_chans, 3, 3});
     const float* bias = read_("stem.bias", {N});
-    Linear layer;
-    layer.inputs = K;
+    Stem layer;
+    layer.channels = config_.in_chans;
     layer.outputs = N;
+    layer.weight = pack_.vector(K * N, [=](int i) { return weight[i % N * K + i / N]; });
     layer.bias = pack_.vector(N, [=](int n) { return bias[n]; });
-    // of few inputs and never slow: float32 in both precisions
-    layer.products = pack_.products(Format::f32, N, K, [=](int n, int k) { return weight[n * K + k]; });
     return layer;
   }
 

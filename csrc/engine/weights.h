@@ -134,7 +134,7 @@ struct Weights {
 
   Arena arena;
   const float* tokens = nullptr;  // [M][D]
-  Linear stem;                    // inputs [channel][3][3]
+  Stem stem;                      // without rows
   std::vector<Block> blocks;
   MobileToFormer gather;
   Pointwise head;

@@ -92,7 +92,7 @@ Workspace::Workspace(const Config& config, const Weights& weights, bool bf16, in
   head = make_map(arena, 6 * C, h, w, false);
   head_offsets = offsets_of(weights.head, bf16 ? in.half_block : in.block);
   gather_queries = arena.take(size_t(C) * MAX_TOKENS);
-  for (int k = 0; k < 9 * config.in_chans; ++k) stem_offsets.push_back(k / 3 * (width + 2) + k % 3);
+  image_half = (width / 2 + 2 + BLOCK) / BLOCK * BLOCK;
   in_order.resize(std::max({6 * C + D, config.hidden_features, 2 * D}));
   std::iota(in_order.begin(), in_order.end(), 0);
 
@@ -114,7 +114,8 @@ Workspace::Workspace(const Config& config, const Weights& weights, bool bf16, in
   for (Scratch& own : scratch) {
     if (config.spatial_dynamic_relu && bf16) own.plane = arena.take(size_t(stem.height) * stem.width * BLOCK);
     if (config.groups > 1) own.grouped = arena.take(size_t(grouped_blocks) * GROUPED_CHUNK * BLOCK);
-    own.image_rows = arena.take(size_t(config.in_chans) * 3 * (width + 2));
+    own.image_row = arena.take(width);
+    own.image_rows = arena.take(size_t(config.in_chans) * 6 * image_half);
     own.most = arena.take(2 * BLOCK);
     own.sums = arena.take(size_t(BRIDGE_HEADS) * most_blocks * M * BLOCK);
   }

@@ -35,7 +35,8 @@ constexpr int MAX_GROUPED = 256;     // channels of a map that one makes
 // What the members of a team each need for themselves.
 struct Scratch {
   std::vector<float*> panel;  // per block: [3][(H + 2)(W + 2)][16], its border zero
-  float* image_rows = nullptr;  // [channels][3][W + 2]
+  float* image_row = nullptr;   // [W], of bytes that became floats
+  float* image_rows = nullptr;  // [3][channels][2][half]: rows r, r + 1, r + 2 at r % 3, as the stem reads them
   float* most = nullptr;        // [16], then sum [16]
   float* sums = nullptr;        // [2][blocks][M][16]
   float* grouped = nullptr;     // [blocks][112][16] as a grouped layer makes them, group by group
@@ -58,7 +59,8 @@ struct Workspace {
   float* joint;  // [6C + D]
   float* gather_queries;  // of the last bridge, [C][8]
   Offsets head_offsets;
-  std::vector<int32_t> stem_offsets, in_order;
+  std::vector<int32_t> in_order;
+  ptrdiff_t image_half = 0;  // floats of half an image row, with what a vector reads beyond
   float* scores = nullptr;  // spatial: [positions][16]
   float* mix = nullptr;     // spatial: [positions][8]
 };
