@@ -1,6 +1,7 @@
 """Builds the compiled libraries; everything else about the package is in pyproject.toml.
 
-    MF_KERNELS_CPU=auto|1|0     C++ for the CPU.  auto: if there is a compiler.  1: or fail.  0: leave it out.
+    MF_KERNELS_CPU=auto|1|0     C++ for the CPU, kernels and inference engine.
+                                auto: if there is a compiler.  1: or fail.  0: leave it out.
     MF_KERNELS_CUDA=auto|1|0    CUDA C++.         auto: if nvcc has torch's CUDA major version.
                                 1: whatever torch was built for, or fail.  0: leave it out.
 
@@ -8,8 +9,8 @@ Without any library the package is pure Python and computes the same numbers thr
 built, with what, and why the rest was not is printed and written to mf_kernels/_build.json.
 
 Two of the libraries speak to torch through its stable C interface alone: no symbol of CPython's or of
-libtorch's C++ is in them, so one file serves every Python and every torch from 2.10 on, and the wheel's tag
-says so.
+libtorch's C++ is in them, so one file serves every Python and every torch from 2.10 on. The third, the
+inference engine, knows no torch but is a module of one CPython, which the tag of a wheel with it names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a stranger gets: the source archive, the wheel, and the package where nothing can be compiled.
 
 Only the fixture `wheel` is built in isolation: its build environment installs torch, which takes most of this
-file's time. The environments that wheels are installed into see this interpreter's torch through a .pth file.
+file's time. The environments that wheels are installed into see this interpreter's torch through a .pth file, or its
+numpy alone through a link.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from golden_support import golden_file, recipe_image, recipe_model
+
+from mobileformer.inference import fold
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = str(ROOT / "requirements" / "constraints.txt")
@@ -44,6 +50,23 @@ print(json.dumps({
     "warnings": [f"{w.category.__name__}: {w.message}" for w in caught],
     "features": list(mobileformer.Model("26m").eval().forward_features(torch.zeros(1, 3, 64, 64))[0].shape),
 }))
+"""
+
+# Runs in an environment that holds nothing but the wheel and numpy.
+PROBE_ENGINE = """
+import json, sys
+import numpy as np
+import mobileformer
+from mobileformer.inference import Engine
+engine = Engine(sys.argv[1])
+np.save(sys.argv[3], engine(np.load(sys.argv[2])))
+try:
+    import torch
+    sys.exit("torch is here: this environment proves nothing")
+except ImportError:
+    pass
+loaded = {"mf_kernels", "safetensors", "typer", "PIL", "rich", "tqdm"} & set(sys.modules)
+print(json.dumps({"where": mobileformer.__file__, "isa": engine.isa, "loaded": sorted(loaded)}))
 """
 
 
@@ -116,17 +139,25 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(sdist, tmp_path_factory.mktemp("wheel"), MF_KERNELS_CPU="1", MAX_JOBS="2")
 
 
+def fresh_environment(folder: Path) -> tuple[Path, Path]:
+    """(its interpreter, its folder of packages): an environment without anything, not even pip."""
+    venv.create(folder, symlinks=True, with_pip=False)
+    python = folder / "bin" / "python"
+    return python, Path(must_run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+
+
+def install_wheel(python: Path, built: Path) -> None:
+    must_run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built)
+
+
 @pytest.fixture(scope="module")
 def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """Installs a wheel into a fresh environment and gives that environment's folder of programs."""
+    """Installs a wheel into a fresh environment that has torch and gives that environment's folder of programs."""
 
     def into_fresh_environment(built: Path) -> Path:
-        folder = tmp_path_factory.mktemp("fresh")
-        venv.create(folder, symlinks=True, with_pip=False)
-        python = folder / "bin" / "python"
-        packages = must_run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-        (Path(packages) / "torch_of_the_tests.pth").write_text(str(Path(torch.__file__).parents[1]))
-        must_run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built)
+        python, packages = fresh_environment(tmp_path_factory.mktemp("fresh"))
+        (packages / "torch_of_the_tests.pth").write_text(str(Path(torch.__file__).parents[1]))
+        install_wheel(python, built)
         return python.parent
 
     return into_fresh_environment
@@ -156,15 +187,20 @@ def test_sdist_holds_every_source_and_no_product(sdist: Path) -> None:
     assert [name for name in names if name.endswith((".so", "_build.json", ".pyc"))] == []
 
 
-def test_wheel_serves_every_python_and_tells_how_it_was_built(wheel: Path) -> None:
+def test_wheel_holds_what_was_built_and_tells_how(wheel: Path) -> None:
+    """The kernels serve every Python, the engine the one it was built for, and so does the wheel."""
     record = build_record(wheel)
-    assert libraries(wheel) == ["mf_kernels/_cpu.so"]
-    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert libraries(wheel) == ["mf_kernels/_cpu.so", f"mobileformer/_engine{suffix}"]
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert wheel.name.split("-")[2:4] == [python, python]
     assert not wheel.name.endswith("any.whl")
-    assert record["libraries"][CPU]["built"]
-    assert record["libraries"][CPU]["compiler"]
+    for library in (CPU, ENGINE):
+        row = record["libraries"][library]
+        assert row["built"]
+        assert row["compiler"]
+        assert not any(flag.startswith("-march") or flag == "-ffast-math" for flag in row["flags"])
     assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in record["libraries"][CPU]["flags"]
-    assert not any(flag.startswith("-march") or flag == "-ffast-math" for flag in record["libraries"][CPU]["flags"])
     assert record["torch"].split("+")[0] == pinned("torch")
 
 
@@ -177,6 +213,21 @@ def test_wheel_runs_its_kernels_in_a_fresh_environment(wheel: Path, install: Cal
     assert seen["counts"], "no kernel counted a call"
     assert all(":native:cpu:" in kernel for kernel in seen["counts"])
     assert "26m" in must_run(programs / "mobileformer", "info", "--json")
+
+
+def test_the_engine_runs_with_numpy_alone(wheel: Path, tmp_path: Path) -> None:
+    """Golden logits where there is no torch, nor anything else that the package asks for."""
+    python, packages = fresh_environment(tmp_path / "fresh")
+    for part in Path(np.__file__).parents[1].glob("numpy*"):
+        (packages / part.name).symlink_to(part)
+    install_wheel(python, wheel)
+    network, images, logits = tmp_path / "26m.safetensors", tmp_path / "images.npy", tmp_path / "logits.npy"
+    fold(recipe_model("26m")).save(network)
+    np.save(images, recipe_image(2, 224, 224, seed=1).float().numpy())
+    seen = json.loads(must_run(python, "-c", PROBE_ENGINE, network, images, logits).splitlines()[-1])
+    assert Path(seen["where"]).is_relative_to(packages)
+    assert seen["loaded"] == []
+    assert np.abs(np.load(logits) - golden_file("26m")["logits_224"]).max() < 2e-4
 
 
 def test_without_a_compiler_the_package_is_pure_and_runs_on_the_reference(
