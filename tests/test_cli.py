@@ -17,6 +17,7 @@ from cli_support import expected, make_files, run, run_json
 
 import mobileformer
 from mobileformer.cli import output
+from mobileformer.inference import library
 
 # Without the compiled library the commands run on the reference and say so; the rest is the same.
 pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarning")
@@ -47,6 +48,23 @@ def test_info_counts_the_real_models() -> None:
     }
     assert all(row["available"] or row["reason"] for row in report["kernels"])
     assert {"cpu", "instruction_set", "threads", "torch"} <= set(report["machine"])
+    engine = report["engine"]
+    assert engine["available"] or engine["reason"]
+    assert engine["isa"] == (engine["runnable"][-1] if engine["available"] else None)
+    assert set(engine["runnable"]) <= set(engine["compiled"])
+
+
+def test_info_tells_what_keeps_the_engine_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_load", lambda: (None, "mobileformer._engine was not built (no C++ compiler)"))
+    assert run_json("info")["engine"] == {
+        "available": False,
+        "reason": "mobileformer._engine was not built (no C++ compiler)",
+        "isa": None,
+        "runnable": [],
+        "compiled": [],
+        "built_with": None,
+    }
+    assert "mobileformer._engine was not built (no C++ compiler)" in run("info").stdout
 
 
 def test_info_as_tables() -> None:
@@ -59,6 +77,7 @@ def test_info_as_tables() -> None:
         "77.9 %",
         "README",
         "mobile_to_former",
+        "Inference engine",
         "threads",
     ):
         assert words in told

@@ -217,3 +217,44 @@ def test_convert_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> None
     deep = tmp_path / "no" / "folder.safetensors"
     assert "folder" in run_json("convert", source, deep, code=1)["error"]
     assert not target.exists()
+
+
+def test_convert_to_what_the_engine_runs(folder: Path, tmp_path: Path) -> None:
+    from mobileformer.inference import FoldedNetwork, fold
+
+    target = tmp_path / "folded.safetensors"
+    report = run_json("convert", folder / "named.safetensors", target, "--fold")
+    assert report["form"] == "mobileformer safetensors, folded for inference"
+    assert (report["variant"], report["num_classes"], report["labels"]) == ("26m", 7, True)
+    network, expected_network = FoldedNetwork.load(target), fold(mobileformer.load_model(folder / "named.safetensors"))
+    assert network.metadata.labels == tuple(NAMES)
+    assert network.metadata.mean == mobileformer.read_metadata(folder / "named.safetensors").mean
+    for name, array in expected_network.arrays.items():
+        assert (network.arrays[name] == array).all(), name
+    assert "--force" in run_json("convert", folder / "plain.safetensors", target, "--fold", code=1)["error"]
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(NAMES))
+    run("convert", folder / "published.pth.tar", target, "--fold", "--labels", names, "--force")
+    assert FoldedNetwork.load(target).metadata.labels == tuple(NAMES)
+
+
+def test_convert_says_what_cannot_be_folded_or_unfolded(folder: Path, tmp_path: Path) -> None:
+    assert (
+        "cannot be folded" in run("convert", folder / "plain.safetensors", tmp_path / "a.pth", "--fold", code=2).stderr
+    )
+    target = tmp_path / "folded.safetensors"
+    run("convert", folder / "plain.safetensors", target, "--fold")
+    for command in (
+        ("convert", target, tmp_path / "back.pth"),
+        ("convert", target, tmp_path / "again.safetensors", "--fold"),
+        ("predict", folder / "images" / "b.png", "--weights", target),
+    ):
+        assert "folded for inference" in run_json(*command, code=1)["error"]
+    # A scale so large that the folded weight is beyond float32.
+    model = mobileformer.load_model(folder / "plain.safetensors")
+    model.stem.norm.weight.data.fill_(3e38)
+    model.stem.norm.running_var.zero_()
+    mobileformer.save_weights(model, tmp_path / "huge.safetensors")
+    failure = run_json("convert", tmp_path / "huge.safetensors", tmp_path / "out.safetensors", "--fold", code=1)
+    assert "not finite: stem.weight" in failure["error"]
+    assert not (tmp_path / "out.safetensors").exists()
