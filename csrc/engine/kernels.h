@@ -58,7 +58,7 @@ struct Stem {
   const float* rows[3] = {};      // each [channels][2][half]: even and odd columns, see split_row
   ptrdiff_t half = 0;             // floats
   int channels = 0, outputs = 0;  // outputs: a multiple of 4
-  const float* weight = nullptr;  // [channels][3][3][outputs]
+  const float* weight = nullptr;  // [outputs / lanes][channels][3][3][lanes], the last ones fewer
   const float* bias = nullptr;    // [outputs]
 };
 

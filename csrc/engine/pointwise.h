@@ -10,24 +10,48 @@ constexpr int tile_rows(int vectors) {
                                   : (vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
 }
 
-template <int VECTORS>
-MF_INLINE void finish(V (&sums)[VECTORS], const Epilogue& e, int vector, int position, int y, int x) {
-  const ptrdiff_t column = ptrdiff_t(x) * BLOCK;
+// What becomes of the sums of a tile; its first position is column x of row y
+template <int ROWS, int VECTORS>
+MF_INLINE void finish(V (&sums)[ROWS][VECTORS], const Epilogue& e, int vector, int position, int y, int x) {
+  ptrdiff_t out_at[ROWS], residual_at[ROWS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) {
+    out_at[r] = y * e.out_row + ptrdiff_t(x) * BLOCK;
+    residual_at[r] = y * e.residual_row + ptrdiff_t(x) * BLOCK;
+    if (++x == e.width) x = 0, ++y;
+  }
 #pragma GCC unroll 4
   for (int v = 0; v < VECTORS; ++v) {
     const int channel = (vector + v) * LANES;
     const ptrdiff_t block = channel / BLOCK;
     const int lane = channel % BLOCK;
-    V sum = sums[v];
-    if (e.bias) sum += load(e.bias + channel);
-    if (e.act == Act::dynamic_relu) {
-      sum = maximum(sum * load(e.slope1 + channel), sum * load(e.slope2 + channel));
-    } else if (e.act != Act::identity) {
-      sum = activate(sum, e.act);
+    if (e.bias) {
+      const V bias = load(e.bias + channel);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) sums[r][v] += bias;
     }
-    if (e.residual) sum += load(e.residual + block * e.residual_block + y * e.residual_row + column + lane);
-    if (e.out) store(e.out + block * e.out_block + y * e.out_row + column + lane, sum);
-    if (e.half) store_half(e.half + block * e.half_block + ptrdiff_t(position) * BLOCK + lane, sum);
+    if (e.act == Act::dynamic_relu) {
+      const V slope1 = load(e.slope1 + channel), slope2 = load(e.slope2 + channel);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) sums[r][v] = maximum(sums[r][v] * slope1, sums[r][v] * slope2);
+    } else if (e.act != Act::identity) {
+      for (int r = 0; r < ROWS; ++r) sums[r][v] = activate(sums[r][v], e.act);
+    }
+    if (e.residual) {
+      const float* from = e.residual + block * e.residual_block + lane;
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) sums[r][v] += load(from + residual_at[r]);
+    }
+    if (e.out) {
+      float* to = e.out + block * e.out_block + lane;
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) store(to + out_at[r], sums[r][v]);
+    }
+    if (e.half) {
+      uint16_t* to = e.half + block * e.half_block + ptrdiff_t(position) * BLOCK + lane;
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) store_half(to + r * BLOCK, sums[r][v]);
+    }
   }
 }
 
@@ -87,16 +111,15 @@ inline void tile(const Products& p, const Epilogue& e, const char* a, ptrdiff_t 
     }
   }
   for (; k < p.depth; ++k) step(k, sums[0]);
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 3
-    for (int s = 1; s < SETS; ++s) {
+  for (int s = 1; s < SETS; ++s) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) sums[0][r][v] += sums[s][r][v];
     }
-    finish(sums[0][r], e, vector, position + r, y, x);
-    if (++x == e.width) x = 0, ++y;
   }
+  finish(sums[0], e, vector, position, y, x);
 }
 
 template <Format FORMAT, int VECTORS, int ROWS = tile_rows(VECTORS)>

@@ -4,11 +4,26 @@
 
 namespace mf::engine::MF_LEVEL {
 
-// Columns 0 2 4 ... and 1 3 5 ... of a row with a zero before it and zeros after; each of W / 2 + 1 floats
+template <int FIRST, size_t... LANE>
+MF_INLINE V every_other(V a, V b, std::index_sequence<LANE...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, int(FIRST + 2 * LANE)...);
+#else
+  return __builtin_shuffle(a, b, VI{int(FIRST + 2 * LANE)...});
+#endif
+}
+
+// Columns 0 2 4 ... and 1 3 5 ... of a row with a zero before it and one after; each of at least W / 2 + 1 floats
 inline void split_row(const float* row, int W, float* even, float* odd) {
   const int whole = W / 2;
   even[0] = 0;
-  for (int i = 0; i < whole; ++i) {
+  int i = 0;
+  for (; i + LANES <= whole; i += LANES) {
+    const V a = load(row + 2 * i), b = load(row + 2 * i + LANES);
+    store(odd + i, every_other<0>(a, b, std::make_index_sequence<LANES>{}));
+    store(even + i + 1, every_other<1>(a, b, std::make_index_sequence<LANES>{}));
+  }
+  for (; i < whole; ++i) {
     odd[i] = row[2 * i];
     even[i + 1] = row[2 * i + 1];
   }
@@ -16,22 +31,21 @@ inline void split_row(const float* row, int W, float* even, float* odd) {
   if (W % 2) even[whole + 1] = 0;
 }
 
-// COUNT channels from the first one of `weight` on, at LANES positions
+// COUNT channels, whose weights [channels][3][3][COUNT] lie together, at LANES positions
 template <int COUNT>
 MF_INLINE void stem_tile(const Stem& s, const float* weight, const float* bias, int x, float* out) {
   V sums[COUNT];
 #pragma GCC unroll 16
   for (int n = 0; n < COUNT; ++n) sums[n] = broadcast(bias[n]);
   for (int c = 0; c < s.channels; ++c) {
-    for (int r = 0; r < 3; ++r) {
+    for (int r = 0; r < 3; ++r, weight += 3 * COUNT) {
       const float* even = s.rows[r] + (2 * c) * s.half + x;
       const float* odd = even + s.half;
       const V columns[3] = {load(even), load(odd), load(even + 1)};
-      const float* w = weight + ptrdiff_t(c * 9 + r * 3) * s.outputs;
 #pragma GCC unroll 3
       for (int k = 0; k < 3; ++k) {
 #pragma GCC unroll 16
-        for (int n = 0; n < COUNT; ++n) sums[n] += columns[k] * broadcast(w[k * s.outputs + n]);
+        for (int n = 0; n < COUNT; ++n) sums[n] += columns[k] * broadcast(weight[k * COUNT + n]);
       }
     }
   }
@@ -50,7 +64,7 @@ inline void stem_channels(int count, const Stem& s, int first, int width, float*
   }
   for (int begin = 0; begin < width; begin += LANES) {
     const int x = begin + LANES <= width ? begin : width - LANES;  // a row has at least 16 positions
-    stem_tile<COUNT>(s, s.weight + first, s.bias + first, x, out + ptrdiff_t(x) * BLOCK);
+    stem_tile<COUNT>(s, s.weight + ptrdiff_t(first) * 9 * s.channels, s.bias + first, x, out + ptrdiff_t(x) * BLOCK);
   }
 }
 

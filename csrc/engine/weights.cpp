@@ -354,7 +354,11 @@ class Builder {
     Stem layer;
     layer.channels = config_.in_chans;
     layer.outputs = N;
-    layer.weight = pack_.vector(K * N, [=](int i) { return weight[i % N * K + i / N]; });
+    const int lanes = pack_.lanes();
+    layer.weight = pack_.vector(K * N, [=](int i) {
+      const int first = i / (K * lanes) * lanes, count = std::min(lanes, N - first), within = i - first * K;
+      return weight[(first + within % count) * K + within / count];
+    });
     layer.bias = pack_.vector(N, [=](int n) { return bias[n]; });
     return layer;
   }
