@@ -2,7 +2,8 @@
 
     python tests/fuzz_folded_file.py [SECONDS]
 
-With atheris installed, libFuzzer finds the damage, guided by what the reader does; otherwise a seeded loop makes it.
+With atheris installed, libFuzzer picks what to damage further, by what the reader did with it; otherwise a seeded loop
+damages whole files.
 Exit code 0 when the time is over, 1 with the bytes' place when the reader let anything else out.
 """
 
@@ -11,23 +12,26 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import struct
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+
+import numpy as np
 
 try:
     import atheris
 except ImportError:
     atheris = None
 
-import numpy as np
-
-from mobileformer.inference.folded import FORMAT, FoldedNetwork, array_shapes
-from mobileformer.inference.reader import read_safetensors
-from mobileformer.metadata import Metadata, WeightsError, encode
+with nullcontext() if atheris is None else atheris.instrument_imports(include=["mobileformer"]):
+    from mobileformer.inference.folded import FORMAT, FoldedNetwork, array_shapes
+    from mobileformer.inference.reader import read_safetensors
+    from mobileformer.metadata import Metadata, WeightsError, encode
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
 WORDS = [
@@ -140,13 +144,25 @@ def fuzz_with_loop(seconds: float) -> None:
 
 
 def fuzz_with_atheris(seconds: float) -> None:
-    atheris.instrument_func(attempt)
+    """In a process of its own, which libFuzzer ends when it is done."""
     corpus = FOLDER / "corpus"
     corpus.mkdir()
     for index, content in enumerate(seeds()):
         (corpus / str(index)).write_bytes(content)
-    atheris.Setup([sys.argv[0], f"-max_total_time={int(seconds)}", "-max_len=65536", str(corpus)], attempt)
-    atheris.Fuzz()
+
+    def mutate(content: bytes, max_size: int, seed: int) -> bytes:
+        return damage(content, random.Random(seed))[:max_size]
+
+    child = os.fork()
+    if child == 0:
+        limits = [f"-max_total_time={int(seconds)}", "-max_len=65536", f"-artifact_prefix={tempfile.gettempdir()}/"]
+        arguments = [sys.argv[0], *limits, str(corpus)]
+        atheris.Setup(arguments, lambda content: attempt(content) and None, custom_mutator=mutate)
+        atheris.Fuzz()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != 0:
+        sys.exit(status)
 
 
 def main() -> None:
@@ -154,9 +170,7 @@ def main() -> None:
     try:
         (fuzz_with_loop if atheris is None else fuzz_with_atheris)(seconds)
     finally:
-        for path in sorted(FOLDER.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        FOLDER.rmdir()
+        shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 if __name__ == "__main__":
