@@ -19,9 +19,9 @@ __all__ = ["Depthwise", "Pointwise", "as_folded", "convolution", "shuffled_order
 class Pointwise(nn.Module):
     """A 1 x 1 convolution that reads channels in the order `reads`; `order` is what it leaves.
 
-    One with groups stays so where its groups lie side by side. Where a shuffle stands before it, it becomes dense, with
-    zeros between its groups, which takes in that shuffle and its own. The variant with groups then has some convolutions
-    dense and no shuffle, and the runtimes are faster at that than at transposing maps.
+    One with groups stays so where its groups lie side by side. Where a shuffle stands before it, it becomes dense,
+    with zeros between its groups, which takes in that shuffle and its own. The variant with groups then has some of its
+    convolutions dense and no shuffle, and the runtimes are faster at that than at transposing maps.
     """
 
     def __init__(self, source: FoldedConv, reads: Tensor) -> None:

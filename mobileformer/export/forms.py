@@ -1,4 +1,4 @@
-"""How attention and the cutting of tensors are written, for the two kinds of runtime.
+"""How attention, layers side by side and slopes are written, for the two kinds of runtime.
 
 Legend: B batch, C channels, H W height and width, L = H*W, M tokens, N heads, E = C/N head width, R = B*M rows.
 """
@@ -6,18 +6,18 @@ Legend: B batch, C channels, H W height and width, L = H*W, M tokens, N heads, E
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mobileformer.layers import BRIDGE_HEADS, FORMER_HEADS
 
-__all__ = ["EdgeForm", "Form"]
+__all__ = ["EdgeForm", "Form", "linear"]
 
 
 class Form:
-    """Four dimensions, (B,N,.,.), and a softmax spelled out: for ONNX Runtime, OpenVINO and Inductor."""
+    """Four dimensions, (B,N,.,.), layers stacked, a softmax spelled out: for ONNX Runtime, OpenVINO and Inductor."""
 
     def map_heads(self, x: Tensor) -> Tensor:
         """(B,C,H,W) -> (B,N,E,L)."""
@@ -61,13 +61,17 @@ class Form:
         weights = (scores - scores.amax(dim=-2, keepdim=True)).exp()
         return weights / weights.sum(dim=-2, keepdim=True)
 
-    def split(self, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-        """Along dimension 1."""
-        return x.split(list(sizes), dim=1)
+    def beside(self, *layers: nn.Linear, relu: bool = False) -> nn.Module:
+        """x (R,D) -> the output of every layer: one product, then a split."""
+        return Stacked(layers, relu)
+
+    def slopes(self, first: nn.Linear, second: nn.Linear) -> nn.Module:
+        """hidden (R,D/4) -> clamp(first, -1, 1) + 1 and clamp(second, -1, 1), each (R,C,1,1)."""
+        return StackedSlopes(first, second)
 
 
 class EdgeForm(Form):
-    """Three dimensions, heads merged with the batch, slices, softmax along the last axis: for ExecuTorch.
+    """Three dimensions, heads merged with the batch, nothing to cut, softmax along the last axis: for ExecuTorch.
 
     This is all that its XNNPACK backend takes; elsewhere it is no faster and has a tenth more nodes.
     """
@@ -107,11 +111,77 @@ class EdgeForm(Form):
     def softmax_over_tokens(self, scores: Tensor) -> Tensor:
         return scores.transpose(1, 2).softmax(dim=-1).transpose(1, 2)
 
-    def split(self, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-        ends = list(accumulate(sizes))
-        return [x[:, end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    def beside(self, *layers: nn.Linear, relu: bool = False) -> nn.Module:
+        return Beside(layers, relu)
+
+    def slopes(self, first: nn.Linear, second: nn.Linear) -> nn.Module:
+        return BesideSlopes(first, second)
 
     def _rows(self, heads: Tensor, num_heads: int) -> Tensor:
         """(B*N,M,E) -> (R,C)."""
         _, tokens, width = heads.shape
         return heads.reshape(-1, num_heads, tokens, width).transpose(1, 2).reshape(-1, num_heads * width)
+
+
+class Stacked(nn.Module):
+    """Layers that read the same rows, as one."""
+
+    def __init__(self, layers: Sequence[nn.Linear], relu: bool) -> None:
+        super().__init__()
+        self.layer = stacked(layers)
+        self.sizes = [layer.out_features for layer in layers]
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
+        y = self.layer(x)
+        return (F.relu(y) if self.relu else y).split(self.sizes, dim=1)
+
+
+class Beside(nn.Module):
+    """Layers that read the same rows, one by one."""
+
+    def __init__(self, layers: Sequence[nn.Linear], relu: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
+        return [F.relu(layer(x)) if self.relu else layer(x) for layer in self.layers]
+
+
+class StackedSlopes(nn.Module):
+    """Both slopes of a dynamic ReLU from one product and one clamp."""
+
+    def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
+        super().__init__()
+        self.layer = stacked((first, second))
+        self.register_buffer("base", torch.cat([torch.ones_like(first.bias), torch.zeros_like(second.bias)]))
+
+    def forward(self, hidden: Tensor) -> Sequence[Tensor]:
+        slopes = (self.layer(hidden).clamp(-1, 1) + self.base)[:, :, None, None]
+        return slopes.chunk(2, dim=1)
+
+
+class BesideSlopes(nn.Module):
+    """Each slope of a dynamic ReLU by itself."""
+
+    def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, hidden: Tensor) -> Sequence[Tensor]:
+        slope1, slope2 = self.first(hidden).clamp(-1, 1) + 1, self.second(hidden).clamp(-1, 1)
+        return slope1[:, :, None, None], slope2[:, :, None, None]
+
+
+def stacked(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """One linear layer whose outputs are those of all, side by side."""
+    return linear(torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
+
+
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return layer

@@ -7,10 +7,11 @@ The same function as the model, other operators. What differs was measured to be
 
 - tokens are rows, (R, D), so that a linear layer is one matrix product with nothing around it;
 - one linear layer for all that reads the same tokens: key and value of a block, query and gate of the next;
+- both slopes of a dynamic ReLU from one linear layer and one clamp; scales of attentions, and 1/3 and 1 of hard
+  sigmoids, in weights;
 - the map is carried in heads from one bridge to the next, one reshape a block;
-- both slopes of a dynamic ReLU from one clamp; the scales of attentions, and 1/3 and 1 of hard sigmoids, in weights;
 - query and gate of the first bridge are constants, and the last bridge computes token 0 alone, all that is read;
-- attention as in `forms.py`, convolutions as in `convolutions.py`.
+- attention and dynamic ReLU as in `forms.py`, convolutions as in `convolutions.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from mobileformer.blocks import DownBlock, LiteBlock, SameBlock
 from mobileformer.export.convolutions import Depthwise, Pointwise, as_folded, convolution, shuffled_order
-from mobileformer.export.forms import EdgeForm, Form
+from mobileformer.export.forms import EdgeForm, Form, linear
 from mobileformer.inference.folding import folded_copy, parts_of_its_own
 from mobileformer.layers import BRIDGE_HEADS, FORMER_HEADS, DynamicReLU, Former, FormerToMobile, MobileToFormer
 from mobileformer.model import Model
@@ -109,8 +110,7 @@ class TokenExport(nn.Module):
         self.bridge = Bridge(source.mobile_to_former, form)
         self.former = FormerExport(source.former, num_tokens, form)
         outward = source.former_to_mobile
-        self.channels = outward.key.out_features
-        self.joint = _stacked(_key(outward), outward.value, _query(after), _gate(after))
+        self.joint = form.beside(_key(outward), outward.value, _query(after), _gate(after))
         if isinstance(source, SameBlock):
             expand = as_folded(source.expand)
             self.first = Pointwise(expand, torch.arange(expand.weight.shape[1] * expand.groups))
@@ -126,9 +126,9 @@ class TokenExport(nn.Module):
             relus = source.down_relu, source.expand_relu
             self.has_skip = True
         self.project = Pointwise(as_folded(source.project), self.second.order)
-        self.reduce = _stacked(*(relu.reduce for relu in relus))
-        self.slopes1 = Slopes(relus[0], self.first.order)
-        self.slopes2 = Slopes(relus[1], self.second.order)
+        self.reduce = form.beside(*(relu.reduce for relu in relus), relu=True)
+        self.slopes1 = form.slopes(*_slopes(relus[0], self.first.order))
+        self.slopes2 = form.slopes(*_slopes(relus[1], self.second.order))
 
     def forward(
         self, x: Tensor, flat: Tensor, tokens: Tensor, query: Tensor, gate: Tensor
@@ -137,10 +137,9 @@ class TokenExport(nn.Module):
         form, M = self.form, self.num_tokens
         mix = self._mix(x, flat, query) if self.spatial else None
         tokens = self.former(self.bridge(flat, tokens, query, gate))
-        key, value, query, gate = form.split(self.joint(tokens), [self.channels] * 4)
+        key, value, query, gate = self.joint(tokens)
         key, value, query = (form.token_heads(rows, M, BRIDGE_HEADS) for rows in (key, value, query))
-        hidden = F.relu(self.reduce(tokens if self.spatial else _first_rows(tokens, M)))
-        hidden1, hidden2 = form.split(hidden, [hidden.shape[1] // 2] * 2)
+        hidden1, hidden2 = self.reduce(tokens if self.spatial else _first_rows(tokens, M))
 
         y = self._activated(self.first(x), self.slopes1(hidden1), mix)
         skip = x
@@ -153,16 +152,15 @@ class TokenExport(nn.Module):
         flat = form.spread(form.map_heads(y), key, value)
         return flat.reshape(y.shape), flat, tokens, query, gate
 
-    def _activated(self, x: Tensor, slopes: Tensor, mix: Tensor | None) -> Tensor:
-        """max(a1 x, a2 x); slopes (B,2C), or (R,2C) to be mixed at every position by mix (B,M,L)."""
-        channels = x.shape[1]
-        if mix is None:
-            slopes = slopes[:, :, None, None]
-        else:
-            columns = slopes.reshape(-1, self.num_tokens, 2 * channels).transpose(1, 2)
-            slopes = torch.bmm(columns, mix).reshape(-1, 2 * channels, x.shape[2], x.shape[3])
-        slope1, slope2 = self.form.split(slopes, [channels] * 2)
+    def _activated(self, x: Tensor, slopes: tuple[Tensor, Tensor], mix: Tensor | None) -> Tensor:
+        """max(a1 x, a2 x); slopes (B,C,1,1), or (R,C,1,1) to be mixed at every position by mix (B,M,L)."""
+        slope1, slope2 = slopes if mix is None else (self._mixed(slope, mix, x) for slope in slopes)
         return torch.maximum(slope1 * x, slope2 * x)
+
+    def _mixed(self, slope: Tensor, mix: Tensor, x: Tensor) -> Tensor:
+        """(R,C,1,1), mix (B,M,L) -> the shape of x (B,C,H,W)."""
+        columns = slope.reshape(-1, self.num_tokens, x.shape[1]).transpose(1, 2)
+        return torch.bmm(columns, mix).reshape(x.shape)
 
     def _mix(self, x: Tensor, flat: Tensor, query: Tensor) -> Tensor:
         """Weights of the tokens at every position of the block's output, (B,M,L')."""
@@ -175,23 +173,6 @@ class TokenExport(nn.Module):
             scores = scores.reshape(-1, self.num_tokens, height, width)
             scores = F.avg_pool2d(scores, window, 2, padding, count_include_pad=False).flatten(2)
         return self.form.softmax_over_tokens(scores)
-
-
-class Slopes(nn.Module):
-    """hidden (R,D/4) -> slopes (R,2C): a1 in [0, 2], then a2 in [-1, 1], of the channels in `order`.
-
-    a1 = 2 hsig(t1) = 1 + clamp(t1 / 3, -1, 1) and a2 = 2 hsig(t2) - 1 = clamp(t2 / 3, -1, 1).
-    """
-
-    def __init__(self, source: DynamicReLU, order: Tensor) -> None:
-        super().__init__()
-        channels = len(order)
-        rows = torch.cat([order, channels + order])
-        self.expand = _linear(source.expand.weight[rows] / 3, source.expand.bias[rows] / 3)
-        self.register_buffer("base", torch.cat([torch.ones(channels), torch.zeros(channels)]))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.expand(hidden).clamp(-1, 1) + self.base
 
 
 class Bridge(nn.Module):
@@ -241,23 +222,21 @@ def _key(bridge: FormerToMobile) -> nn.Linear:
 
 def _gate(bridge: MobileToFormer) -> nn.Linear:
     """t / 3 + 1: the gate is 2 hsig(t) = clamp(t / 3 + 1, 0, 2)."""
-    return _linear(bridge.gate.weight / 3, bridge.gate.bias / 3 + 1)
+    return linear(bridge.gate.weight / 3, bridge.gate.bias / 3 + 1)
 
 
 def _scaled(layer: nn.Linear, num_heads: int) -> nn.Linear:
     """With the scale of the attention's scores, E^-0.5."""
     scale = (layer.out_features / num_heads) ** -0.5
-    return _linear(layer.weight * scale, layer.bias * scale)
+    return linear(layer.weight * scale, layer.bias * scale)
 
 
-def _stacked(*layers: nn.Linear) -> nn.Linear:
-    """One linear layer whose outputs are those of all, side by side."""
-    return _linear(torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
+def _slopes(relu: DynamicReLU, order: Tensor) -> tuple[nn.Linear, nn.Linear]:
+    """What gives t1 / 3 and t2 / 3 of the channels in `order`.
 
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
-    return layer
+    a1 = 2 hsig(t1) = 1 + clamp(t1 / 3, -1, 1) and a2 = 2 hsig(t2) - 1 = clamp(t2 / 3, -1, 1).
+    """
+    expand = relu.expand
+    rows = order, len(order) + order
+    first, second = (linear(expand.weight[index] / 3, expand.bias[index] / 3) for index in rows)
+    return first, second
