@@ -35,80 +35,166 @@ MF_INLINE void transpose(V (&rows)[LANES]) {
   }
 }
 
-// scores[h][m] = sum over the channels of head h of x times q [C][8], for `count` positions
+// scores[m] of one head, at VECTORS vectors of positions: what is there, plus channels [first, last) of `turned`
+// [channel][CHUNK] times q [channel][8]. An input, once broadcast, serves all the vectors.
+template <int M, int VECTORS>
+MF_INLINE void accumulate(const float* turned, const float* q, int first, int last, bool fresh, float* scores) {
+  V sums[M][VECTORS];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) sums[m][v] = fresh ? V{} : load(scores + m * CHUNK + v * LANES);
+  }
+  for (int c = first; c < last; ++c) {
+    V x[VECTORS];
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) x[v] = load(turned + c * CHUNK + v * LANES);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const V query = broadcast(q[c * MAX_TOKENS + m]);
+#pragma GCC unroll 3
+      for (int v = 0; v < VECTORS; ++v) sums[m][v] += x[v] * query;
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) store(scores + m * CHUNK + v * LANES, sums[m][v]);
+  }
+}
+
+// scores[h][m] = sum over the channels of head h of x times q [C][8], for `count` positions and what fills up the last
+// vector, where they are those of zeros
 template <int M>
 inline void score(const float* x, ptrdiff_t block, int C, int count, const float* q, Scores& scores) {
-  for (int begin = 0; begin < count; begin += LANES) {
-    // the last vector overlaps the one before it, where there is one
-    const int first = begin + LANES <= count || count < LANES ? begin : count - LANES;
-    const int here = count < LANES ? count : LANES;
-    V sums[BRIDGE_HEADS][M] = {};
-    for (int c = 0; c < C; c += LANES) {
-      const float* from = x + c / BLOCK * block + ptrdiff_t(first) * BLOCK + c % BLOCK;
-      V channels[LANES];
-      if (here == LANES) {
+  const int vectors = (count + LANES - 1) / LANES, split = C / BRIDGE_HEADS;
+  for (int c = 0; c < C; c += BLOCK) {
+    float turned[BLOCK * CHUNK];  // lanes are positions
+    for (int v = 0; v < vectors; ++v) {
+      for (int lane = 0; lane < BLOCK; lane += LANES) {
+        const float* from = x + c / BLOCK * block + ptrdiff_t(v) * LANES * BLOCK + lane;
+        const int here = count - v * LANES;
+        V square[LANES];
+        if (here >= LANES) {
 #pragma GCC unroll 16
-        for (int p = 0; p < LANES; ++p) channels[p] = load(from + p * BLOCK);
-      } else {
-        for (int p = 0; p < LANES; ++p) channels[p] = p < here ? load(from + p * BLOCK) : V{};
-      }
-      transpose(channels);
-      const float* query = q + ptrdiff_t(c) * MAX_TOKENS;
-      if (c + LANES <= C / 2 || (c >= C / 2 && c + LANES <= C)) {  // of one head
-        V(&to)[M] = sums[c >= C / 2];
-        V acc[M];
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) acc[m] = to[m];
+          for (int p = 0; p < LANES; ++p) square[p] = load(from + p * BLOCK);
+        } else {
+          for (int p = 0; p < LANES; ++p) square[p] = p < here ? load(from + p * BLOCK) : V{};
+        }
+        transpose(square);
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) {
-#pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) acc[m] += channels[i] * broadcast(query[i * MAX_TOKENS + m]);
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) to[m] = acc[m];
-      } else {
-        for (int i = 0; i < LANES && c + i < C; ++i) {
-          V(&to)[M] = sums[c + i >= C / 2];
-          for (int m = 0; m < M; ++m) to[m] += channels[i] * broadcast(query[i * MAX_TOKENS + m]);
-        }
+        for (int i = 0; i < LANES; ++i) store(turned + (lane + i) * CHUNK + v * LANES, square[i]);
       }
     }
+    const int end = C - c < BLOCK ? C - c : BLOCK;
     for (int h = 0; h < BRIDGE_HEADS; ++h) {
-      for (int m = 0; m < M; ++m) store(scores.of[h][m] + first, sums[h][m]);
+      const int first = h == 0 ? 0 : split - c, last = h == 0 ? split - c : end;
+      const int from = first < 0 ? 0 : first, until = last > end ? end : last;
+      if (from >= until) continue;
+      const bool fresh = c + from == (h == 0 ? 0 : split);
+      int v = 0;
+      for (; v + 3 <= vectors; v += 3) {
+        accumulate<M, 3>(turned + v * LANES, q + c * MAX_TOKENS, from, until, fresh, scores.of[h][0] + v * LANES);
+      }
+      if (v + 2 == vectors) {
+        accumulate<M, 2>(turned + v * LANES, q + c * MAX_TOKENS, from, until, fresh, scores.of[h][0] + v * LANES);
+      } else if (v + 1 == vectors) {
+        accumulate<M, 1>(turned + v * LANES, q + c * MAX_TOKENS, from, until, fresh, scores.of[h][0] + v * LANES);
+      }
     }
   }
 }
 
-// sums [M][16] += the weights of one head, times x, over `count` positions of one block
-template <int M>
-inline void weigh(const float* x, const float (&weights)[MAX_TOKENS][CHUNK], int count, float* sums) {
+using Weights = float[MAX_TOKENS][CHUNK];  // of one head
+
+// Lanes of the first head from `own`, the others from `other`: a block may have channels of both heads
+MF_INLINE V blend(float own, float other, VI first_head) { return first_head ? broadcast(own) : broadcast(other); }
+
+// sums [block][M][16] += the weights of one head, times x, over `count` positions of so many blocks
+template <int M, int BLOCKS>
+MF_INLINE void weigh(const float* x, ptrdiff_t block, const Weights& weights, int count, float* sums) {
   for (int lane = 0; lane < BLOCK; lane += LANES) {
-    V even[M], odd[M] = {};  // of positions: one set of few sums would wait for itself
+    V acc[BLOCKS][M];
+#pragma GCC unroll 3
+    for (int b = 0; b < BLOCKS; ++b) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) even[m] = load(sums + m * BLOCK + lane);
-    int p = 0;
-    for (; p + 2 <= count; p += 2) {
-      const V first = load(x + ptrdiff_t(p) * BLOCK + lane), second = load(x + ptrdiff_t(p + 1) * BLOCK + lane);
+      for (int m = 0; m < M; ++m) acc[b][m] = load(sums + (b * M + m) * BLOCK + lane);
+    }
+    for (int p = 0; p < count; ++p) {
+      V value[BLOCKS];
+#pragma GCC unroll 3
+      for (int b = 0; b < BLOCKS; ++b) value[b] = load(x + b * block + ptrdiff_t(p) * BLOCK + lane);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        even[m] += first * broadcast(weights[m][p]);
-        odd[m] += second * broadcast(weights[m][p + 1]);
+        const V weight = broadcast(weights[m][p]);
+#pragma GCC unroll 3
+        for (int b = 0; b < BLOCKS; ++b) acc[b][m] += value[b] * weight;
       }
     }
-    if (p < count) {
-      const V last = load(x + ptrdiff_t(p) * BLOCK + lane);
-      for (int m = 0; m < M; ++m) even[m] += last * broadcast(weights[m][p]);
-    }
+#pragma GCC unroll 3
+    for (int b = 0; b < BLOCKS; ++b) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) store(sums + m * BLOCK + lane, even[m] + odd[m]);
+      for (int m = 0; m < M; ++m) store(sums + (b * M + m) * BLOCK + lane, acc[b][m]);
+    }
   }
 }
 
-// out = x + the values [M][16] of one head, weighted, over `count` positions of one block
+// The same for a block with channels of both heads, `own` of them of the first
 template <int M>
-inline void spread(const float* x, const float (&weights)[MAX_TOKENS][CHUNK], const float* values, int count, float* out,
-                   uint16_t* half) {
+MF_INLINE void weigh_both(const float* x, const Scores& weights, int own, int count, float* sums) {
   for (int lane = 0; lane < BLOCK; lane += LANES) {
+    VI first_head;
+    for (int i = 0; i < LANES; ++i) first_head[i] = lane + i < own ? -1 : 0;
+    V acc[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) acc[m] = load(sums + m * BLOCK + lane);
+    for (int p = 0; p < count; ++p) {
+      const V value = load(x + ptrdiff_t(p) * BLOCK + lane);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m] += value * blend(weights.of[0][m][p], weights.of[1][m][p], first_head);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) store(sums + m * BLOCK + lane, acc[m]);
+  }
+}
+
+// out = x + the values [block][M][16], weighted, over `count` positions of so many blocks of one head
+template <int M, int BLOCKS>
+MF_INLINE void spread(const float* x, ptrdiff_t block, const Weights& weights, const float* values, int count,
+                      float* out, uint16_t* half, ptrdiff_t half_block) {
+  for (int lane = 0; lane < BLOCK; lane += LANES) {
+    V v[BLOCKS][M];
+#pragma GCC unroll 3
+    for (int b = 0; b < BLOCKS; ++b) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) v[b][m] = load(values + (b * M + m) * BLOCK + lane);
+    }
+    for (int p = 0; p < count; ++p) {
+      const ptrdiff_t at = ptrdiff_t(p) * BLOCK + lane;
+      V sum[BLOCKS];
+#pragma GCC unroll 3
+      for (int b = 0; b < BLOCKS; ++b) sum[b] = load(x + b * block + at);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const V weight = broadcast(weights[m][p]);
+#pragma GCC unroll 3
+        for (int b = 0; b < BLOCKS; ++b) sum[b] += v[b][m] * weight;
+      }
+#pragma GCC unroll 3
+      for (int b = 0; b < BLOCKS; ++b) {
+        store(out + b * block + at, sum[b]);
+        if (half) store_half(half + b * half_block + at, sum[b]);
+      }
+    }
+  }
+}
+
+template <int M>
+MF_INLINE void spread_both(const float* x, const Scores& weights, int own, const float* values, int count, float* out,
+                           uint16_t* half) {
+  for (int lane = 0; lane < BLOCK; lane += LANES) {
+    VI first_head;
+    for (int i = 0; i < LANES; ++i) first_head[i] = lane + i < own ? -1 : 0;
     V v[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) v[m] = load(values + m * BLOCK + lane);
@@ -116,17 +202,30 @@ inline void spread(const float* x, const float (&weights)[MAX_TOKENS][CHUNK], co
       const ptrdiff_t at = ptrdiff_t(p) * BLOCK + lane;
       V sum = load(x + at);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) sum += v[m] * broadcast(weights[m][p]);
+      for (int m = 0; m < M; ++m) sum += v[m] * blend(weights.of[0][m][p], weights.of[1][m][p], first_head);
       store(out + at, sum);
       if (half) store_half(half + at, sum);
     }
   }
 }
 
-// The heads whose channels a block has: head 0 is channels [0, C / 2)
-MF_INLINE void heads_of(int block, int C, int* first, int* last) {
-  *first = block * BLOCK < C / 2 ? 0 : 1;
-  *last = block * BLOCK + BLOCK > C / 2 ? 2 : 1;
+// Calls alone(block, count, head) for blocks of one head, two at a time where there are, and both(block, own) for the
+// one that has channels of both
+template <class Alone, class Both>
+MF_INLINE void by_heads(int C, Alone alone, Both both) {
+  const int blocks = (C + BLOCK - 1) / BLOCK, split = C / BRIDGE_HEADS;
+  for (int b = 0; b < blocks;) {
+    const int own = split - b * BLOCK;  // channels of the first head from here on
+    if (own > 0 && own < BLOCK) {
+      both(b, own);
+      ++b;
+    } else {
+      const int until = own > 0 ? own / BLOCK + b : blocks;
+      const int count = until - b >= 2 ? 2 : 1;
+      alone(b, count, own > 0 ? 0 : 1);
+      b += count;
+    }
+  }
 }
 
 MF_INLINE float largest(V v) {
@@ -185,8 +284,6 @@ struct Softmax {
 template <int M>
 inline void mobile_to_former_of(const Walk& walk, const float* q, int C, float* most, float* sum, float* sums,
                                 float* kept) {
-  const int blocks = (C + BLOCK - 1) / BLOCK;
-  const ptrdiff_t head_sums = ptrdiff_t(blocks) * M * BLOCK;
   Scores scores;
   Softmax<M> softmax;
   for (int row = 0; row < walk.rows; ++row) {
@@ -197,26 +294,29 @@ inline void mobile_to_former_of(const Walk& walk, const float* q, int C, float* 
       if (kept) {
         float* to = kept + (ptrdiff_t(row) * walk.width + begin) * BLOCK;
         for (int p = 0; p < count; ++p) {
-          for (int i = 0; i < BRIDGE_HEADS * M; ++i) to[p * BLOCK + i / M * MAX_TOKENS + i % M] = scores.of[i / M][i % M][p];
+          for (int i = 0; i < BRIDGE_HEADS * M; ++i)
+            to[p * BLOCK + i / M * MAX_TOKENS + i % M] = scores.of[i / M][i % M][p];
         }
       }
       float factors[BRIDGE_HEADS][M];
       const bool moved = softmax.add(scores, count, factors);
-      for (int block = 0; block < blocks; ++block) {
-        int first, last;
-        heads_of(block, C, &first, &last);
-        for (int h = first; h < last; ++h) {
-          float* to = sums + h * head_sums + ptrdiff_t(block) * M * BLOCK;
-          if (moved) {
-            for (int m = 0; m < M; ++m) {
-              for (int lane = 0; lane < BLOCK; lane += LANES) {
-                store(to + m * BLOCK + lane, load(to + m * BLOCK + lane) * factors[h][m]);
-              }
-            }
-          }
-          weigh<M>(x + block * walk.block, scores.of[h], count, to);
+      if (moved) {
+        for (int c = 0; c < C; ++c) {
+          for (int m = 0; m < M; ++m)
+            sums[(c / BLOCK * M + m) * BLOCK + c % BLOCK] *= factors[c >= C / BRIDGE_HEADS][m];
         }
       }
+      by_heads(
+          C,
+          [&](int b, int blocks, int head) {
+            const float* from = x + b * walk.block;
+            float* to = sums + ptrdiff_t(b) * M * BLOCK;
+            blocks == 2 ? weigh<M, 2>(from, walk.block, scores.of[head], count, to)
+                        : weigh<M, 1>(from, walk.block, scores.of[head], count, to);
+          },
+          [&](int b, int own) {
+            weigh_both<M>(x + b * walk.block, scores, own, count, sums + ptrdiff_t(b) * M * BLOCK);
+          });
     }
   }
   for (int i = 0; softmax.started && i < BRIDGE_HEADS * M; ++i) {
@@ -226,11 +326,9 @@ inline void mobile_to_former_of(const Walk& walk, const float* q, int C, float* 
 }
 
 template <int M>
-inline void former_to_mobile_of(const Walk& walk, const float* k, const float* values, int C, float* out, uint16_t* half,
-                                ptrdiff_t half_block) {
-  const int blocks = (C + BLOCK - 1) / BLOCK;
-  const ptrdiff_t head_values = ptrdiff_t(blocks) * M * BLOCK;
-  Scores scores = {};
+inline void former_to_mobile_of(const Walk& walk, const float* k, const float* values, int C, float* out,
+                                uint16_t* half, ptrdiff_t half_block) {
+  Scores scores;
   for (int row = 0; row < walk.rows; ++row) {
     for (int begin = 0; begin < walk.width; begin += CHUNK) {
       const int count = walk.width - begin < CHUNK ? walk.width - begin : CHUNK;
@@ -249,16 +347,21 @@ inline void former_to_mobile_of(const Walk& walk, const float* k, const float* v
         }
       }
       uint16_t* halves = half ? half + (ptrdiff_t(row) * walk.width + begin) * BLOCK : nullptr;
-      for (int block = 0; block < blocks; ++block) {
-        int first, last;
-        heads_of(block, C, &first, &last);
-        float* to = out + at + block * walk.block;
-        for (int h = first; h < last; ++h) {
-          spread<M>(h == first ? walk.x + at + block * walk.block : to, scores.of[h],
-                    values + h * head_values + ptrdiff_t(block) * M * BLOCK, count, to,
-                    halves && h == last - 1 ? halves + block * half_block : nullptr);
-        }
-      }
+      by_heads(
+          C,
+          [&](int b, int blocks, int head) {
+            const ptrdiff_t from = at + b * walk.block;
+            uint16_t* to = halves ? halves + b * half_block : nullptr;
+            const float* v = values + ptrdiff_t(b) * M * BLOCK;
+            blocks == 2
+                ? spread<M, 2>(walk.x + from, walk.block, scores.of[head], v, count, out + from, to, half_block)
+                : spread<M, 1>(walk.x + from, walk.block, scores.of[head], v, count, out + from, to, half_block);
+          },
+          [&](int b, int own) {
+            const ptrdiff_t from = at + b * walk.block;
+            spread_both<M>(walk.x + from, scores, own, values + ptrdiff_t(b) * M * BLOCK, count, out + from,
+                           halves ? halves + b * half_block : nullptr);
+          });
     }
   }
 }

@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include "engine/network.h"
 
@@ -9,6 +10,25 @@ namespace py = pybind11;
 
 namespace mf::engine {
 namespace {
+
+inline bool leaving() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing();
+#else
+  return _Py_IsFinalizing();
+#endif
+}
+
+// Without the interpreter's lock. A daemon thread that asks for it while the interpreter is on its way out would be
+// unwound through objects that must not be touched without it; it sleeps until the process is gone, as newer Pythons
+// have it themselves.
+struct Unlocked {
+  PyThreadState* state = PyEval_SaveThread();
+  ~Unlocked() {
+    while (leaving()) pause();
+    PyEval_RestoreThread(state);
+  }
+};
 
 using Floats = py::array_t<float, py::array::c_style>;
 
@@ -28,7 +48,9 @@ Config read_config(const py::dict& given) {
     if (kind != "lite" && kind != "same" && kind != "down") {
       throw std::invalid_argument("config: kind: expected lite, same or down, got " + kind);
     }
-    config.blocks.push_back({kind == "lite" ? Kind::lite : kind == "same" ? Kind::same : Kind::down,
+    config.blocks.push_back({kind == "lite"   ? Kind::lite
+                             : kind == "same" ? Kind::same
+                                              : Kind::down,
                              number(each, "out_channels"), number(each, "expansion"), number(each, "second_expansion"),
                              number(each, "stride")});
   }
@@ -77,7 +99,7 @@ class PyNetwork {
     }
     const Kernels& kernels = choose(isa);
     const Config read = read_config(config);
-    py::gil_scoped_release release;
+    Unlocked unlocked;
     network_ = std::make_unique<Network>(read, arrays, dtype == "bfloat16", threads, kernels);
   }
 
@@ -85,7 +107,7 @@ class PyNetwork {
     const Images images = read(x);
     Floats logits({images.batch, network_->config.num_classes});
     float* to = logits.mutable_data();
-    py::gil_scoped_release release;
+    Unlocked unlocked;
     network_->run(images, to);
     return logits;
   }
@@ -94,7 +116,9 @@ class PyNetwork {
     const Images images = read(x);
     Extras extras;
     py::list maps;
-    for (const MapShape& shape : network_->map_shapes(images.height, images.width)) {
+    std::vector<MapShape> shapes;
+    network_->map_shapes(images.height, images.width, shapes);
+    for (const MapShape& shape : shapes) {
       Floats map({images.batch, shape.channels, shape.height, shape.width});
       extras.maps.push_back(map.mutable_data());
       maps.append(map);
@@ -102,7 +126,7 @@ class PyNetwork {
     Floats tokens({images.batch, network_->config.num_tokens, network_->config.token_dim});
     extras.tokens = tokens.mutable_data();
     {
-      py::gil_scoped_release release;
+      Unlocked unlocked;
       network_->run(images, nullptr, extras);
     }
     return py::make_tuple(maps, tokens);
@@ -116,7 +140,7 @@ class PyNetwork {
     extras.stages = &stages;
     std::vector<float> logits(size_t(images.batch) * network_->config.num_classes);
     {
-      py::gil_scoped_release release;
+      Unlocked unlocked;
       network_->run(images, logits.data(), extras);
     }
     py::dict result;
@@ -138,7 +162,7 @@ class PyNetwork {
     extras.profile = &profile;
     std::vector<float> logits(size_t(images.batch) * network_->config.num_classes);
     {
-      py::gil_scoped_release release;
+      Unlocked unlocked;
       for (int i = 0; i < repeats; ++i) network_->run(images, logits.data(), extras);
     }
     py::list rows;

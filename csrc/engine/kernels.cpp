@@ -28,8 +28,20 @@ constexpr bool PAIRS = false;
 #endif
 
 extern const Kernels KERNELS = {
-    MF_NAME(MF_LEVEL), LANES,      PAIRS,            pointwise, split_row, stem, depthwise, mobile_to_former,
-    former_to_mobile,  layer_norm, former_attention, spatial_relu, to_half, mean,
+    MF_NAME(MF_LEVEL),
+    LANES,
+    PAIRS,
+    pointwise,
+    split_row,
+    stem,
+    depthwise,
+    mobile_to_former,
+    former_to_mobile,
+    layer_norm,
+    former_attention,
+    spatial_relu,
+    to_half,
+    mean,
 };
 
 #undef MF_NAME

@@ -12,28 +12,28 @@
 
 namespace mf::engine {
 
-constexpr int BLOCK = 16;          // channels of a block
-constexpr int MAX_TOKENS = 8;      // M
-constexpr int BRIDGE_HEADS = 2;    // of both bridges
-constexpr int FORMER_HEADS = 4;    // of the attention among tokens
+constexpr int BLOCK = 16;        // channels of a block
+constexpr int MAX_TOKENS = 8;    // M
+constexpr int BRIDGE_HEADS = 2;  // of both bridges
+constexpr int FORMER_HEADS = 4;  // of the attention among tokens
 
 enum class Act { identity, relu6, relu, hardswish, gelu, hard_sigmoid, dynamic_relu };
 
 // How the products of a layer are taken.
 enum class Format {
-  f32,           // float map, float weight
-  bf16,          // bfloat16 map, bfloat16 weight, two inputs at a time
-  bf16_weight,   // float map, bfloat16 weight: where a layer is as slow as its weight arrives
+  f32,          // float map, float weight
+  bf16,         // bfloat16 map, bfloat16 weight, two inputs at a time
+  bf16_weight,  // float map, bfloat16 weight: where a layer is as slow as its weight arrives
 };
 
 // One group of a pointwise layer, ready for one instruction set.
 // f32, bf16_weight: weight [panel][depth][vectors of the panel]; bf16: [panel][depth][vectors][2], pairs of inputs.
 struct Products {
   Format format = Format::f32;
-  int depth = 0;                      // inputs, or pairs of inputs
-  const int32_t* offsets = nullptr;   // [depth] where an input lies relative to a position, in elements
+  int depth = 0;                     // inputs, or pairs of inputs
+  const int32_t* offsets = nullptr;  // [depth] where an input lies relative to a position, in elements
   const void* weight = nullptr;
-  int vectors = 0;                    // of outputs, in vectors of the instruction set
+  int vectors = 0;  // of outputs, in vectors of the instruction set
 };
 
 // What happens to the sums of a layer. All channel vectors begin at the group's first output.
@@ -87,8 +87,8 @@ struct Walk {
 
 struct Kernels {
   const char* name;
-  int lanes;        // floats of a vector
-  bool pairs;       // bfloat16 products in hardware
+  int lanes;   // floats of a vector
+  bool pairs;  // bfloat16 products in hardware
   // positions [begin, end) of panels [first, last) of one group; `a` is position 0, `stride` elements from one to the next
   void (*pointwise)(const Products&, const Epilogue&, const void* a, ptrdiff_t stride, int begin, int end, int first,
                     int last);
@@ -96,14 +96,14 @@ struct Kernels {
   void (*stem)(const Stem&, int width, float* out, ptrdiff_t out_block);
   void (*depthwise)(const Depthwise&, int first_row, int last_row);
   // Mobile-to-Former over some rows, queries [C][8] by token: the reference and the sum of the softmax [16] by head
-  // and token, untouched where there are no rows, and under them the weighted sums of x [2][blocks][M][16]; `kept` [positions][16] are the scores, or null
+  // and token, untouched where there are no rows, and under them the weighted sums of x [blocks][M][16]; `kept` [positions][16] are the scores, or null
   void (*mobile_to_former)(const Walk&, const float* queries, int C, int M, float* most, float* sum, float* sums,
                            float* kept);
-  // Former-to-Mobile, keys [C][8] by token: x += the values [2][blocks][M][16], zero in the other head, weighted
+  // Former-to-Mobile, keys [C][8] by token: x += the values [blocks][M][16], weighted
   void (*former_to_mobile)(const Walk&, const float* keys, const float* values, int C, int M, float* out,
                            uint16_t* half, ptrdiff_t half_block);
-  void (*layer_norm)(float* x, const float* weight, const float* bias, int D, int M);            // x [M][D]
-  void (*former_attention)(const float* q, const float* tokens, float* out, int D, int M);       // [M][D] each
+  void (*layer_norm)(float* x, const float* weight, const float* bias, int D, int M);       // x [M][D]
+  void (*former_attention)(const float* q, const float* tokens, float* out, int D, int M);  // [M][D] each
   // x [rows][16] of one block: max(s1 x, s2 x), s = the mix [positions][8] of the tokens' slopes [2][M][16]
   void (*spatial_relu)(float* x, ptrdiff_t row, int width, int rows, const float* mix, const float* slopes, int M);
   void (*to_half)(const float* x, ptrdiff_t count, uint16_t* half);  // count: whole blocks

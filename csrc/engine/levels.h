@@ -20,7 +20,8 @@
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#define MF_TARGET(features) _Pragma(MF_TEXT(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define MF_TARGET(features) \
+  _Pragma(MF_TEXT(clang attribute push(__attribute__((target(features))), apply_to = function)))
 #define MF_TEXT(...) #__VA_ARGS__
 #define MF_END_TARGET _Pragma("clang attribute pop")
 #else

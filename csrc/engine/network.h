@@ -62,7 +62,7 @@ class Network {
   // logits (B, classes), or null: then the classifier is left out. Any number of threads may call at a time.
   void run(const Images&, float* logits, const Extras& = {}) const;
 
-  std::vector<MapShape> map_shapes(int height, int width) const;
+  void map_shapes(int height, int width, std::vector<MapShape>& shapes) const;
 
   const Config config;
   const Kernels& kernels;
@@ -70,13 +70,22 @@ class Network {
   const int threads;
 
  private:
+  // What a call needs beside the images' workspaces; kept for the next one
+  struct CallSpace {
+    std::vector<std::unique_ptr<Workspace>> images;
+    std::vector<float> joints, hidden, logits;
+    std::vector<MapShape> shapes;
+  };
+
   std::unique_ptr<Workspace> borrow(int height, int width, int members) const;
   void give_back(std::unique_ptr<Workspace>) const;
-  void classify(const float* joints, int batch, float* logits, const Extras&, bool together) const;
+  void classify(CallSpace&, int batch, float* logits, const Extras&, bool together) const;
 
   const Weights weights_;
+  std::vector<int32_t> in_order_;  // 0 1 2 ...: the inputs of the last layers
   mutable std::mutex spaces_mutex_;
   mutable std::vector<std::unique_ptr<Workspace>> spaces_;
+  mutable std::vector<std::unique_ptr<CallSpace>> calls_;
   mutable std::mutex team_mutex_;  // held by the call that the team works for
   mutable Team team_;
 };

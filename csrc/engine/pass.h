@@ -10,7 +10,8 @@ class Pass {
  public:
   Pass(const Network& network, const Weights& weights, Workspace& space, Worker& worker, const Extras& extras,
        const std::vector<MapShape>& shapes, int image)
-      : network(network), weights(weights), space(space), worker(worker), extras(extras), shapes(shapes), image(image) {}
+      : network(network), weights(weights), space(space), worker(worker), extras(extras), shapes(shapes), image(image) {
+  }
 
   void run(const Images&);
 
@@ -23,9 +24,9 @@ class Pass {
   const std::vector<MapShape>& shapes;
   const int image;
 
-  void stem(const Images&);
+  void stem(const Images&, int first, int last);
   void image_row(const Images&, int row);
-  void lite(const Block&, BlockSpace&, const Map& in);
+  void lite(const Block&, BlockSpace&, const Map& in, const Images*);
   void same(const Block&, BlockSpace&, const Map& in);
   void down(const Block&, BlockSpace&, const Map& in);
   void head(const Map& in);
@@ -35,7 +36,7 @@ class Pass {
               const float* residual = nullptr);
   void gather(const MobileToFormer&, const Map& in, float* queries);
   void token_side(const Block&, BlockSpace&, const Map& in);
-  void slopes(const TokenSide&, int which, int places);
+  void slopes(const TokenSide&, int which, int reduced_row, const char* stage, const Places& order);
   void mix_tokens(const Map& in, int height, int width);
   void spread(const Block&, BlockSpace&);
 
@@ -44,25 +45,28 @@ class Pass {
                  bool by_panels = false);
   void grouped(const Pointwise&, const Offsets&, const void* in, Map& out, const Map* residual, bool half, int begin,
                int end);
-  void depthwise(const DepthwiseLayer&, const float* in, ptrdiff_t in_row, const Map& out, int block, const float* slopes,
-                 Act, int first_row, int last_row);
-  void depthwise_strips(const std::string& stage, const DepthwiseLayer&, const Map& in, const float* slopes, Act,
-                        const Pointwise&, const Offsets&, Map& out, const Map* residual, bool half);
+  void depthwise(const DepthwiseLayer&, const float* in, ptrdiff_t in_row, const Map& out, int block,
+                 const float* slopes, Act, bool half, int first_row, int last_row);
+  void depthwise_strips(const char* stage, const DepthwiseLayer&, const Map& in, const float* slopes, Act,
+                        const Pointwise&, const Offsets&, Map& out, const Map* residual, bool half,
+                        const Images* = nullptr);
   void spatial_relu(float* x, ptrdiff_t row, int width, int first_row, int last_row, const float* slopes, int places,
                     int block);
 
   // for whoever looks inside; nothing otherwise
-  void dump(const std::string& stage, const Map&);
-  void dump_block(const std::string& stage, const float* data, ptrdiff_t row, int height, int width, const Places&,
-                  int block);
-  void dump_flat(const std::string& stage, const Places&, int height, int width);
-  void dump_tokens(const std::string& stage);
-  void mark(const std::string& stage, double multiply_adds = 0);
+  void dump(const char* stage, const Map&);
+  void dump_block(const char* stage, const float* data, ptrdiff_t row, int height, int width, const Places&, int block);
+  void dump_flat(const char* stage, const Places&, int height, int width, bool half);
+  void dump_slopes(const char* stage, const float* theta, int rows, const Places& order);
+  void dump_tokens(const char* stage);
+  void mark(const char* stage, double multiply_adds = 0);
 
   bool leader() const { return worker.rank == 0; }
   bool spatial() const { return network.config.spatial_dynamic_relu; }
 
-  std::string name_;  // of the block at work, "blocks.3"
+  std::string full(const char* stage) const;
+
+  int block_ = -1;  // at work
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 

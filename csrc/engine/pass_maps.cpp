@@ -7,20 +7,25 @@
 namespace mf::engine {
 namespace {
 
-constexpr size_t STRIP_BYTES = 256 * 1024;  // of a depthwise output that stays in the second-level cache until it is read
+constexpr size_t STRIP_BYTES =
+    256 * 1024;  // of a depthwise output that stays in the second-level cache until it is read
 
-double multiply_adds(const Pointwise& layer, int positions) {
-  return double(layer.inputs) * layer.outputs * positions;
-}
+double multiply_adds(const Pointwise& layer, int positions) { return double(layer.inputs) * layer.outputs * positions; }
 
 double multiply_adds(const DepthwiseLayer& layer, int positions) {
-  return 9.0 * std::count_if(layer.places.begin(), layer.places.end(), [](int place) { return place >= 0; }) * positions;
+  return 9.0 * std::count_if(layer.places.begin(), layer.places.end(), [](int place) { return place >= 0; }) *
+         positions;
 }
 
 }  // namespace
 
 void Pass::run(const Images& images) {
-  stem(images);
+  const bool alone = worker.size == 1 && weights.blocks[0].config.kind == Kind::lite;
+  if (!alone) {  // members need rows of each other
+    int first, last;
+    worker.share(space.stem.height, 1, &first, &last);
+    stem(images, first, last);
+  }
   if (leader()) std::copy_n(weights.tokens, network.config.num_tokens * network.config.token_dim, space.tokens);
   worker.sync();
   const Map* in = &space.stem;
@@ -28,13 +33,14 @@ void Pass::run(const Images& images) {
   for (size_t i = 0; i < weights.blocks.size(); ++i) {
     const Block& block = weights.blocks[i];
     BlockSpace& own = space.blocks[i];
-    name_ = "blocks." + std::to_string(i);
+    block_ = int(i);
     switch (block.config.kind) {
-      case Kind::lite: lite(block, own, *in); break;
+      case Kind::lite: lite(block, own, *in, i == 0 && alone ? &images : nullptr); break;
       case Kind::same: same(block, own, *in); break;
       case Kind::down: down(block, own, *in); break;
     }
-    dump(name_, own.out);
+    if (i == 0) dump("stem", space.stem);
+    dump("", own.out);
     if (level < shapes.size() && shapes[level].block == int(i)) {
       if (!extras.maps.empty() && leader()) {
         const Map& map = own.out;
@@ -50,7 +56,7 @@ void Pass::run(const Images& images) {
     }
     in = &own.out;
   }
-  name_ = "";
+  block_ = -1;
   gather(weights.gather, *in, space.gather_queries);
   dump_tokens("tokens");
   if (extras.tokens && leader()) {
@@ -83,27 +89,24 @@ void Pass::image_row(const Images& images, int row) {
   }
 }
 
-void Pass::stem(const Images& images) {
+// Rows [first, last) of the first map
+void Pass::stem(const Images& images, int first, int last) {
   Stem s = weights.stem;
-  Map& out = space.stem;
+  const Map& out = space.stem;
   s.half = space.image_half;
   const ptrdiff_t slot = ptrdiff_t(s.channels) * 2 * s.half;
-  int first, last;
-  worker.share(out.height, 1, &first, &last);
   for (int y = first; y < last; ++y) {
     for (int r = y == first ? -1 : 0; r < 2; ++r) image_row(images, 2 * y + r);
     for (int r = 0; r < 3; ++r) s.rows[r] = space.scratch[worker.rank].image_rows + (2 * y + r + 2) % 3 * slot;
     network.kernels.stem(s, out.width, out.data + y * out.row, out.block);
   }
-  worker.sync();
-  dump("stem", out);
-  mark("stem", 9.0 * s.channels * s.outputs * out.positions());
+  mark("stem", 9.0 * s.channels * s.outputs * out.width * (last - first));
 }
 
 // A pointwise layer from `flat` to positions [begin, end) of a map
-void Pass::pointwise(const Pointwise& layer, const Offsets& offsets, Map& out, const Map* residual, bool half, int begin,
-                     int end, bool by_panels) {
-  const void* in = network.bf16 ? static_cast<const void*>(space.flat.half) : space.flat.data;
+void Pass::pointwise(const Pointwise& layer, const Offsets& offsets, Map& out, const Map* residual, bool half,
+                     int begin, int end, bool by_panels) {
+  const void* in = layer.half() ? static_cast<const void*>(space.flat.half) : space.flat.data;
   if (layer.groups.size() > 1) return grouped(layer, offsets, in, out, residual, half, begin, end);
   Products products = layer.groups[0].products;
   products.offsets = offsets[0].data();
@@ -133,7 +136,7 @@ void Pass::grouped(const Pointwise& layer, const Offsets& offsets, const void* i
   constexpr int chunk = GROUPED_CHUNK;
   const int each = layer.outputs / int(layer.groups.size());
   float* made = space.scratch[worker.rank].grouped;
-  const size_t element = network.bf16 ? 2 : 4;
+  const size_t element = layer.half() ? 2 : 4;
   for (int at = begin; at < end; at += chunk) {
     const int count = std::min(chunk, end - at);
     for (size_t g = 0; g < layer.groups.size(); ++g) {
@@ -144,8 +147,8 @@ void Pass::grouped(const Pointwise& layer, const Offsets& offsets, const void* i
       e.width = count;
       e.out = made + ptrdiff_t(g) * layer.group_blocks * chunk * BLOCK;
       e.out_block = ptrdiff_t(chunk) * BLOCK;
-      network.kernels.pointwise(products, e, static_cast<const char*>(in) + size_t(at) * BLOCK * element, BLOCK, 0, count,
-                                0, panel_count(products.vectors));
+      network.kernels.pointwise(products, e, static_cast<const char*>(in) + size_t(at) * BLOCK * element, BLOCK, 0,
+                                count, 0, panel_count(products.vectors));
     }
     int y = at / out.width, x = at % out.width;
     for (int p = 0; p < count; ++p) {
@@ -167,7 +170,8 @@ void Pass::grouped(const Pointwise& layer, const Offsets& offsets, const void* i
         }
       }
       for (int b = 0; b < out.blocks; ++b) {
-        for (int i = 0; i < BLOCK; ++i) to[b * out.block + i] = ordered[b * BLOCK + i] + (add ? add[b * residual->block + i] : 0.0f);
+        for (int i = 0; i < BLOCK; ++i)
+          to[b * out.block + i] = ordered[b * BLOCK + i] + (add ? add[b * residual->block + i] : 0.0f);
       }
       if (++x == out.width) x = 0, ++y;
     }
@@ -180,7 +184,7 @@ void Pass::grouped(const Pointwise& layer, const Offsets& offsets, const void* i
 }
 
 void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_row, const Map& out, int block,
-                     const float* slopes, Act act, int first_row, int last_row) {
+                     const float* slopes, Act act, bool half, int first_row, int last_row) {
   Depthwise d;
   d.in = in;
   d.in_row = in_row;
@@ -195,19 +199,19 @@ void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_
   }
   const ptrdiff_t plane = ptrdiff_t(out.positions()) * BLOCK;
   if (act == Act::dynamic_relu && spatial()) {
-    float* plain = network.bf16 ? space.scratch[worker.rank].plane : space.flat.data + block * plane;
+    float* plain = half ? space.scratch[worker.rank].plane : space.flat.data + block * plane;
     d.act = Act::identity;
     d.out = plain;
     network.kernels.depthwise(d, first_row, last_row);
     spatial_relu(plain + ptrdiff_t(first_row) * out.width * BLOCK, ptrdiff_t(out.width) * BLOCK, out.width, first_row,
                  last_row, slopes, int(layer.places.size()), block);
-    if (network.bf16) {
+    if (half) {
       const ptrdiff_t begin = ptrdiff_t(first_row) * out.width * BLOCK, end = ptrdiff_t(last_row) * out.width * BLOCK;
       network.kernels.to_half(plain + begin, end - begin, space.flat.half + block * plane + begin);
     }
     return;
   }
-  if (network.bf16) {
+  if (half) {
     d.half = space.flat.half + block * plane;
   } else {
     d.out = space.flat.data + block * plane;
@@ -216,8 +220,8 @@ void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_
 }
 
 // One block of channels, rows [first_row, last_row) of it beginning at x; slopes [M][2][places]
-void Pass::spatial_relu(float* x, ptrdiff_t row, int width, int first_row, int last_row, const float* slopes, int places,
-                        int block) {
+void Pass::spatial_relu(float* x, ptrdiff_t row, int width, int first_row, int last_row, const float* slopes,
+                        int places, int block) {
   const int M = network.config.num_tokens;
   float both[2 * MAX_TOKENS * BLOCK];
   for (int line = 0; line < 2; ++line) {
@@ -230,37 +234,45 @@ void Pass::spatial_relu(float* x, ptrdiff_t row, int width, int first_row, int l
 }
 
 // Depthwise, then pointwise: rows of the first stay in the cache until the second has read them
-void Pass::depthwise_strips(const std::string& stage, const DepthwiseLayer& layer, const Map& in, const float* slopes, Act act,
-                            const Pointwise& then, const Offsets& offsets, Map& out, const Map* residual, bool half) {
+void Pass::depthwise_strips(const char* stage, const DepthwiseLayer& layer, const Map& in, const float* slopes, Act act,
+                            const Pointwise& then, const Offsets& offsets, Map& out, const Map* residual, bool half,
+                            const Images* images) {
   const int blocks = int(layer.in_block.size());
   const bool whole = extras.stages != nullptr;  // whoever looks inside wants all of the first
-  const size_t row_bytes = layer.places.size() * out.width * (network.bf16 ? 2 : 4);
+  const size_t row_bytes = layer.places.size() * out.width * (then.half() ? 2 : 4);
   const int strip = whole ? out.height : std::max(1, int(STRIP_BYTES / row_bytes));
-  int first, last;
+  int first, last, made = 0;
   worker.share(out.height, 1, &first, &last);
   for (int y = first; y < last; y += strip) {
     const int until = std::min(y + strip, last);
-    for (int b = 0; b < blocks; ++b) {
-      depthwise(layer, in.data + layer.in_block[b] * in.block, in.row, out, b, slopes, act, y, until);
+    if (images) {
+      const int needed = std::min(in.height, (until - 1) * layer.stride + 2);
+      stem(*images, made, needed);
+      made = needed;
     }
-    dump_flat(stage, layer.places, out.height, out.width);
+    for (int b = 0; b < blocks; ++b) {
+      depthwise(layer, in.data + layer.in_block[b] * in.block, in.row, out, b, slopes, act, then.half(), y, until);
+    }
+    dump_flat(stage, layer.places, out.height, out.width, then.half());
     pointwise(then, offsets, out, residual, half, y * out.width, until * out.width);
+    if (images) mark(".expand, project");
   }
   worker.sync();
 }
 
-void Pass::lite(const Block& block, BlockSpace& own, const Map& in) {
-  depthwise_strips(name_ + ".expand", block.depthwise, in, nullptr, Act::relu6, block.project, own.project, own.out,
-                   block.has_skip ? &in : nullptr, own.out.half != nullptr);
+// With the image given, `in` is the first map, whose rows are made just before they are read.
+void Pass::lite(const Block& block, BlockSpace& own, const Map& in, const Images* images) {
+  depthwise_strips(".expand", block.depthwise, in, nullptr, Act::relu6, block.project, own.project, own.out,
+                   block.has_skip ? &in : nullptr, own.out.half != nullptr, images);
   const int P = own.out.positions();
-  mark(name_ + ".expand, project", multiply_adds(block.depthwise, P) + multiply_adds(block.project, P));
+  mark(".expand, project", multiply_adds(block.depthwise, P) + multiply_adds(block.project, P));
 }
 
 void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
   token_side(block, own, in);
   if (spatial()) mix_tokens(in, own.height, own.width);
   const Pointwise& expand = block.expand;
-  const void* from = network.bf16 ? static_cast<const void*>(in.half) : in.data;
+  const void* from = expand.half() ? static_cast<const void*>(in.half) : in.data;
   const int places = int(block.depthwise.places.size());
   float* panel = space.scratch[worker.rank].panel[&block - weights.blocks.data()];
   const ptrdiff_t row = ptrdiff_t(own.width + 2) * BLOCK, plane = row * (own.height + 2);
@@ -291,17 +303,17 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
     for (int b = 0; b < window.blocks; ++b) {
       float* x = inside + b * plane;
       if (spatial()) spatial_relu(x, row, own.width, 0, own.height, space.slopes[0], places, first_block + b);
-      dump_block(name_ + ".expand", x, row, own.height, own.width, block.depthwise.places, first_block + b);
+      dump_block(".expand", x, row, own.height, own.width, block.depthwise.places, first_block + b);
     }
-    mark(name_ + ".expand");
+    mark(".expand");
     for (int b = 0; b < window.blocks; ++b) {
       depthwise(block.depthwise, inside + b * plane, row, own.out, first_block + b, space.slopes[1], Act::dynamic_relu,
-                0, own.height);
+                block.project.half(), 0, own.height);
     }
-    mark(name_ + ".depthwise");
+    mark(".depthwise");
   }
   worker.sync();
-  dump_flat(name_ + ".depthwise", block.depthwise.places, own.height, own.width);
+  dump_flat(".depthwise", block.depthwise.places, own.height, own.width, block.project.half());
   // few positions are dealt out by outputs, many by positions
   const bool by_panels = own.out.positions() < 128 && block.project.groups.size() == 1;
   int begin = 0, end = own.out.positions();
@@ -309,30 +321,30 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
   pointwise(block.project, own.project, own.out, block.has_skip ? &in : nullptr, false, begin, end, by_panels);
   worker.sync();
   const int P = own.out.positions();
-  mark(name_ + ".project", multiply_adds(block.project, P));
-  mark(name_ + ".expand", multiply_adds(block.expand, P));
-  mark(name_ + ".depthwise", multiply_adds(block.depthwise, P));
+  mark(".project", multiply_adds(block.project, P));
+  mark(".expand", multiply_adds(block.expand, P));
+  mark(".depthwise", multiply_adds(block.depthwise, P));
   spread(block, own);
 }
 
 void Pass::down(const Block& block, BlockSpace& own, const Map& in) {
   token_side(block, own, in);
   if (spatial()) mix_tokens(in, own.height, own.width);
-  depthwise_strips(name_ + ".down", block.depthwise, in, space.slopes[0], Act::dynamic_relu, block.squeeze, own.squeeze, own.middle,
-                   nullptr, false);
-  dump(name_ + ".squeeze", own.middle);
+  depthwise_strips(".down", block.depthwise, in, space.slopes[0], Act::dynamic_relu, block.squeeze, own.squeeze,
+                   own.middle, nullptr, false);
+  dump(".squeeze", own.middle);
   const int P = own.out.positions();
-  mark(name_ + ".down, squeeze", multiply_adds(block.depthwise, P) + multiply_adds(block.squeeze, P));
-  depthwise_strips(name_ + ".expand", block.second, own.middle, space.slopes[1], Act::dynamic_relu, block.project, own.project, own.out,
-                   &own.middle, false);
-  mark(name_ + ".expand, project", multiply_adds(block.second, P) + multiply_adds(block.project, P));
+  mark(".down, squeeze", multiply_adds(block.depthwise, P) + multiply_adds(block.squeeze, P));
+  depthwise_strips(".expand", block.second, own.middle, space.slopes[1], Act::dynamic_relu, block.project, own.project,
+                   own.out, &own.middle, false);
+  mark(".expand, project", multiply_adds(block.second, P) + multiply_adds(block.project, P));
   spread(block, own);
 }
 
 void Pass::head(const Map& in) {
   Map& out = space.head;
   const Pointwise& layer = weights.head;
-  const void* from = network.bf16 ? static_cast<const void*>(in.half) : in.data;
+  const void* from = layer.half() ? static_cast<const void*>(in.half) : in.data;
   for (size_t g = 0; g < layer.groups.size(); ++g) {
     Products products = layer.groups[g].products;
     products.offsets = space.head_offsets[g].data();

@@ -17,20 +17,20 @@ void by_channel(const float* rows, int row, int C, int M, float* to) {
   }
 }
 
-// A member's share of a map's positions
-Walk walk_of(const Map& map, const Worker& worker, int* begin) {
+// Part `part` of a map's positions
+Walk walk_of(const Map& map, int part, int parts, int* begin) {
   Walk walk;
   walk.block = map.block;
   walk.row = map.row;
   int first, last;
   if (map.row == ptrdiff_t(map.width) * BLOCK) {  // without border: one long row
-    worker.share(map.positions(), 14, &first, &last);
+    part_of(map.positions(), 16, part, parts, &first, &last);
     walk.rows = 1;
     walk.width = last - first;
     *begin = first;
     walk.x = map.data + ptrdiff_t(first) * BLOCK;
   } else {
-    worker.share(map.height, 1, &first, &last);
+    part_of(map.height, 1, part, parts, &first, &last);
     walk.rows = last - first;
     walk.width = map.width;
     *begin = first * map.width;
@@ -67,38 +67,42 @@ void Pass::gather(const MobileToFormer& part, const Map& in, float* queries) {
   linear(part.query_and_gate, space.tokens, D, M, space.query_gate, row);
   if (leader()) by_channel(space.query_gate, row, C, M, queries);
   worker.sync();
-  mark(name_ + ".mobile_to_former, tokens");
+  mark(".mobile_to_former, tokens");
 
-  Scratch& own = space.scratch[worker.rank];
-  const size_t sums_size = size_t(BRIDGE_HEADS) * blocks * M * BLOCK;
-  std::fill_n(own.most, BLOCK, -INFINITY);
-  std::fill_n(own.most + BLOCK, BLOCK, 0.0f);
-  std::fill_n(own.sums, sums_size, 0.0f);
-  int begin;
-  const Walk walk = walk_of(in, worker, &begin);
-  float* scores = space.scores ? space.scores + ptrdiff_t(begin) * BLOCK : nullptr;
-  network.kernels.mobile_to_former(walk, queries, C, M, own.most, own.most + BLOCK, own.sums, scores);
+  const int spans = spans_of(in.positions());
+  int first, last;
+  worker.share(spans, 1, &first, &last);
+  for (int i = first; i < last; ++i) {
+    const Span& span = space.spans[i];
+    std::fill_n(span.most, BLOCK, -INFINITY);
+    std::fill_n(span.most + BLOCK, BLOCK, 0.0f);
+    std::fill_n(span.sums, size_t(blocks) * M * BLOCK, 0.0f);
+    int begin;
+    const Walk walk = walk_of(in, i, spans, &begin);
+    float* scores = space.scores ? space.scores + ptrdiff_t(begin) * BLOCK : nullptr;
+    network.kernels.mobile_to_former(walk, queries, C, M, span.most, span.most + BLOCK, span.sums, scores);
+  }
   worker.sync();
-  mark(name_ + ".mobile_to_former", 2.0 * C * M * in.positions());
+  mark(".mobile_to_former", 2.0 * C * M * in.positions());
 
   if (leader()) {
     float most[BLOCK], total[BLOCK] = {};
-    std::copy_n(own.most, BLOCK, most);
-    for (const Scratch& each : space.scratch) {
-      for (int i = 0; i < BLOCK; ++i) most[i] = std::max(most[i], each.most[i]);
+    std::copy_n(space.spans[0].most, BLOCK, most);
+    for (int i = 1; i < spans; ++i) {
+      for (int lane = 0; lane < BLOCK; ++lane) most[lane] = std::max(most[lane], space.spans[i].most[lane]);
     }
     std::fill_n(space.gathered, size_t(M) * half_row, 0.0f);
-    for (const Scratch& each : space.scratch) {
-      if (each.most[0] == -INFINITY) continue;  // a member without positions
+    for (int i = 0; i < spans; ++i) {
+      const Span& span = space.spans[i];
       for (int h = 0; h < BRIDGE_HEADS; ++h) {
         for (int m = 0; m < M; ++m) {
           const int lane = h * MAX_TOKENS + m;
-          const float share = space.scratch.size() == 1 ? 1.0f : std::exp2(each.most[lane] - most[lane]);
-          total[lane] += each.most[BLOCK + lane] * share;
-          const int first = h == 0 ? 0 : C / BRIDGE_HEADS, last = h == 0 ? C / BRIDGE_HEADS : C;
-          for (int c = first; c < last; ++c) {
-            const size_t at = ((size_t(h) * blocks + c / BLOCK) * M + m) * BLOCK + c % BLOCK;
-            space.gathered[m * half_row + c] += each.sums[at] * share;
+          const float share = spans == 1 ? 1.0f : std::exp2(span.most[lane] - most[lane]);
+          total[lane] += span.most[BLOCK + lane] * share;
+          const int from = h == 0 ? 0 : C / BRIDGE_HEADS, until = h == 0 ? C / BRIDGE_HEADS : C;
+          for (int c = from; c < until; ++c) {
+            const size_t at = (size_t(c / BLOCK) * M + m) * BLOCK + c % BLOCK;
+            space.gathered[m * half_row + c] += span.sums[at] * share;
           }
         }
       }
@@ -116,15 +120,14 @@ void Pass::gather(const MobileToFormer& part, const Map& in, float* queries) {
   linear(part.project, space.gathered, half_row, M, space.tokens, D, Act::identity, space.tokens);
   if (leader()) network.kernels.layer_norm(space.tokens, part.norm.weight, part.norm.bias, D, M);
   worker.sync();
-  mark(name_ + ".mobile_to_former, tokens",
-       double(M) * D * (part.query_and_gate.outputs + C));
+  mark(".mobile_to_former, tokens", double(M) * D * (part.query_and_gate.outputs + C));
 }
 
 void Pass::token_side(const Block& block, BlockSpace& own, const Map& in) {
   const TokenSide& side = block.tokens;
   const int M = network.config.num_tokens, D = network.config.token_dim;
   gather(side.gather, in, own.queries);
-  dump_tokens(name_ + ".mobile_to_former");
+  dump_tokens(".mobile_to_former");
 
   linear(side.query, space.tokens, D, M, space.row, D);
   if (leader()) network.kernels.former_attention(space.row, space.tokens, space.wide, D, M);
@@ -136,8 +139,8 @@ void Pass::token_side(const Block& block, BlockSpace& own, const Map& in) {
   linear(side.ffn_project, space.wide, 2 * D, M, space.tokens, D, Act::identity, space.tokens);
   if (leader()) network.kernels.layer_norm(space.tokens, side.ffn_norm.weight, side.ffn_norm.bias, D, M);
   worker.sync();
-  dump_tokens(name_ + ".tokens");
-  mark(name_ + ".former", 6.0 * M * D * D + 2.0 * M * M * D);
+  dump_tokens(".tokens");
+  mark(".former", 6.0 * M * D * D + 2.0 * M * M * D);
 
   const int N = block.config.out_channels, half_row = blocks_of(N) * BLOCK;
   linear(side.key_and_value, space.tokens, D, M, space.key_value, 2 * half_row);
@@ -145,27 +148,27 @@ void Pass::token_side(const Block& block, BlockSpace& own, const Map& in) {
     by_channel(space.key_value, 2 * half_row, N, M, own.keys);
     for (int m = 0; m < M; ++m) {
       const float* value = space.key_value + m * 2 * half_row + half_row;
-      for (int c = 0; c < N; ++c) {
-        const int head = c < N / BRIDGE_HEADS ? 0 : 1;
-        own.values[((size_t(head) * blocks_of(N) + c / BLOCK) * M + m) * BLOCK + c % BLOCK] = value[c];
-      }
+      for (int c = 0; c < N; ++c) own.values[(size_t(c / BLOCK) * M + m) * BLOCK + c % BLOCK] = value[c];
     }
   }
   const int rows = spatial() ? M : 1;  // slopes come from the first token, or from all of them
   const int reduced_row = 2 * blocks_of(side.reduced) * BLOCK;
   linear(side.reduce, space.tokens, D, rows, space.reduced, reduced_row, Act::relu);
-  slopes(side, 0, reduced_row);
-  slopes(side, 1, reduced_row);
-  mark(name_ + ".slopes, key, value",
-       double(M) * D * 2 * N + double(rows) * side.reduced * (2.0 * D + side.expand[0].outputs + side.expand[1].outputs));
+  const bool down = block.config.kind == Kind::down;
+  slopes(side, 0, reduced_row, down ? ".down_relu" : ".expand_relu", block.depthwise.places);
+  slopes(side, 1, reduced_row, down ? ".expand_relu" : ".depthwise_relu",
+         down ? block.second.places : block.depthwise.places);
+  mark(".slopes, key, value", double(M) * D * 2 * N + double(rows) * side.reduced *
+                                                          (2.0 * D + side.expand[0].outputs + side.expand[1].outputs));
 }
 
 // a1 = 2 theta1 and a2 = 2 theta2 - 1, in the order of the map they act on
-void Pass::slopes(const TokenSide& side, int which, int reduced_row) {
+void Pass::slopes(const TokenSide& side, int which, int reduced_row, const char* stage, const Places& order) {
   const Linear& layer = side.expand[which];
   const int rows = spatial() ? network.config.num_tokens : 1, places = layer.outputs / 2;
   float* to = space.slopes[which];
   linear(layer, space.reduced + which * reduced_row / 2, reduced_row, rows, to, 2 * places, Act::hard_sigmoid);
+  dump_slopes(stage, to, rows, order);
   int first, last;
   worker.share(rows * 2 * places, BLOCK, &first, &last);
   for (int i = first; i < last; ++i) to[i] = 2.0f * to[i] - (i % (2 * places) < places ? 0.0f : 1.0f);
@@ -206,14 +209,21 @@ void Pass::mix_tokens(const Map& in, int height, int width) {
 void Pass::spread(const Block& block, BlockSpace& own) {
   const int N = block.config.out_channels, M = network.config.num_tokens;
   int begin;
-  const Walk walk = walk_of(own.out, worker, &begin);
+  const Walk walk = walk_of(own.out, worker.rank, worker.size, &begin);
   network.kernels.former_to_mobile(walk, own.keys, own.values, N, M, const_cast<float*>(walk.x),
-                                   own.out.half ? own.out.half + ptrdiff_t(begin) * BLOCK : nullptr, own.out.half_block);
+                                   own.out.half ? own.out.half + ptrdiff_t(begin) * BLOCK : nullptr,
+                                   own.out.half_block);
   worker.sync();
-  mark(name_ + ".former_to_mobile", 2.0 * N * M * own.out.positions());
+  mark(".former_to_mobile", 2.0 * N * M * own.out.positions());
 }
 
-void Pass::dump(const std::string& stage, const Map& map) {
+// A stage of the block at work begins with a dot, or is empty for the block itself
+std::string Pass::full(const char* stage) const {
+  const bool of_block = block_ >= 0 && (*stage == '.' || *stage == 0);
+  return (of_block ? "blocks." + std::to_string(block_) : "") + (block_ < 0 && *stage == '.' ? stage + 1 : stage);
+}
+
+void Pass::dump(const char* stage, const Map& map) {
   if (!extras.stages) return;
   Places places(size_t(map.blocks) * BLOCK, -1);
   for (int c = 0; c < map.channels; ++c) places[c] = c;
@@ -222,11 +232,11 @@ void Pass::dump(const std::string& stage, const Map& map) {
   }
 }
 
-void Pass::dump_block(const std::string& stage, const float* data, ptrdiff_t row, int height, int width,
-                      const Places& places, int block) {
+void Pass::dump_block(const char* stage, const float* data, ptrdiff_t row, int height, int width, const Places& places,
+                      int block) {
   if (!extras.stages) return;
   const long channels = std::count_if(places.begin(), places.end(), [](int place) { return place >= 0; });
-  float* to = extras.stages->place(stage, {channels, height, width}, image);
+  float* to = extras.stages->place(full(stage), {channels, height, width}, image);
   for (int lane = 0; lane < BLOCK; ++lane) {
     const int channel = places[block * BLOCK + lane];
     if (channel < 0) continue;
@@ -238,13 +248,13 @@ void Pass::dump_block(const std::string& stage, const float* data, ptrdiff_t row
   }
 }
 
-void Pass::dump_flat(const std::string& stage, const Places& places, int height, int width) {
+void Pass::dump_flat(const char* stage, const Places& places, int height, int width, bool half) {
   if (!extras.stages) return;
   const ptrdiff_t plane = ptrdiff_t(height) * width * BLOCK;
   std::vector<float> floats(plane);
   for (int b = 0; b < int(places.size()) / BLOCK; ++b) {
     const float* data = space.flat.data + b * plane;
-    if (network.bf16) {
+    if (half) {
       for (ptrdiff_t i = 0; i < plane; ++i) {
         const uint32_t bits = uint32_t(space.flat.half[b * plane + i]) << 16;
         std::memcpy(&floats[i], &bits, sizeof(bits));
@@ -255,17 +265,31 @@ void Pass::dump_flat(const std::string& stage, const Places& places, int height,
   }
 }
 
-void Pass::dump_tokens(const std::string& stage) {
+// theta [rows][2][places] before it becomes slopes
+void Pass::dump_slopes(const char* stage, const float* theta, int rows, const Places& order) {
+  if (!extras.stages) return;
+  const long K = std::count_if(order.begin(), order.end(), [](int place) { return place >= 0; });
+  std::vector<long> shape{2 * K};
+  if (spatial()) shape.insert(shape.begin(), rows);
+  float* to = extras.stages->place(full(stage), shape, image);
+  for (int line = 0; line < 2 * rows; ++line) {
+    for (size_t i = 0; i < order.size(); ++i) {
+      if (order[i] >= 0) to[line * K + order[i]] = theta[line * order.size() + i];
+    }
+  }
+}
+
+void Pass::dump_tokens(const char* stage) {
   if (!extras.stages) return;
   const int M = network.config.num_tokens, D = network.config.token_dim;
-  std::copy_n(space.tokens, size_t(M) * D, extras.stages->place(stage, {M, D}, image));
+  std::copy_n(space.tokens, size_t(M) * D, extras.stages->place(full(stage), {M, D}, image));
 }
 
 // Time since the last mark goes to this stage
-void Pass::mark(const std::string& stage, double multiply_adds) {
+void Pass::mark(const char* stage, double multiply_adds) {
   if (!extras.profile || !leader()) return;
   const auto now = std::chrono::steady_clock::now();
-  Profile::Row& row = (*extras.profile)[stage];
+  Profile::Row& row = (*extras.profile)[full(stage)];
   row.seconds += std::chrono::duration<double>(now - last_).count();
   row.multiply_adds += multiply_adds;
   last_ = std::chrono::steady_clock::now();

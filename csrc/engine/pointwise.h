@@ -6,8 +6,12 @@ namespace mf::engine::MF_LEVEL {
 // Positions of a tile for a panel of so many vectors: with its sums, the panel's weights and one input, it fills the
 // registers.
 constexpr int tile_rows(int vectors) {
-  return MF_LEVEL_REGISTERS == 32 ? (vectors == 3 ? 7 : vectors == 2 ? 12 : 14)
-                                  : (vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
+  return MF_LEVEL_REGISTERS == 32 ? (vectors == 3   ? 7
+                                     : vectors == 2 ? 12
+                                                    : 14)
+                                  : (vectors == 3   ? 4
+                                     : vectors == 2 ? 6
+                                                    : 8);
 }
 
 // What becomes of the sums of a tile; its first position is column x of row y
@@ -67,11 +71,9 @@ MF_INLINE V add_pair(V acc, VI a, const uint16_t* weight) {
 #endif
 }
 
-template <Format FORMAT, int ROWS, int VECTORS>
+template <Format FORMAT, int ROWS, int VECTORS, int SETS>
 inline void tile(const Products& p, const Epilogue& e, const char* a, ptrdiff_t stride, const char* weight, int vector,
                  int position, int y, int x) {
-  // A single position has too few sums to hide the latency of one: inputs then go to several sets of them in turn.
-  constexpr int SETS = ROWS == 1 ? 4 : ROWS * VECTORS < 8 ? 2 : 1;
   V sums[SETS][ROWS][VECTORS] = {};
   const int32_t* offsets = p.offsets;
   const auto step = [&](int k, V(&to)[ROWS][VECTORS]) __attribute__((always_inline)) {
@@ -128,16 +130,20 @@ inline void tile_of(int rows, const Products& p, const Epilogue& e, const char* 
   if constexpr (ROWS > 1) {
     if (rows < ROWS) return tile_of<FORMAT, VECTORS, ROWS - 1>(rows, p, e, a, stride, weight, vector, position, y, x);
   }
-  // In blocked maps the distance is known, and addresses cost nothing
+  // In maps the distance is known, and addresses cost nothing. Rows of tokens are few, and with too few sums each waits
+  // for the one before it: inputs then go to several sets of them in turn. Not in maps, where a tile may be short only
+  // for one number of threads, and results must be the same for all.
   if (stride == BLOCK) {
-    tile<FORMAT, ROWS, VECTORS>(p, e, a, BLOCK, weight, vector, position, y, x);
+    tile<FORMAT, ROWS, VECTORS, 1>(p, e, a, BLOCK, weight, vector, position, y, x);
   } else {
-    tile<FORMAT, ROWS, VECTORS>(p, e, a, stride, weight, vector, position, y, x);
+    constexpr int sets = ROWS == 1 ? 4 : ROWS * VECTORS < 8 ? 2 : 1;
+    tile<FORMAT, ROWS, VECTORS, sets>(p, e, a, stride, weight, vector, position, y, x);
   }
 }
 
 template <Format FORMAT, int VECTORS>
-inline void panel(const Products& p, const Epilogue& e, const char* a, ptrdiff_t stride, int begin, int end, int vector) {
+inline void panel(const Products& p, const Epilogue& e, const char* a, ptrdiff_t stride, int begin, int end,
+                  int vector) {
   constexpr int rows = tile_rows(VECTORS);
   constexpr int element = FORMAT == Format::bf16 ? 2 : 4;
   // floats are 4 bytes, a pair of bfloat16 too; a lone bfloat16 weight is 2
@@ -145,7 +151,8 @@ inline void panel(const Products& p, const Epilogue& e, const char* a, ptrdiff_t
                        ptrdiff_t(vector) * LANES * p.depth * (FORMAT == Format::bf16_weight ? 2 : 4);
   int y = begin / e.width, x = begin % e.width;
   for (int position = begin; position < end; position += rows) {
-    tile_of<FORMAT, VECTORS>(end - position, p, e, a + position * stride * element, stride, weight, vector, position, y, x);
+    tile_of<FORMAT, VECTORS>(end - position, p, e, a + position * stride * element, stride, weight, vector, position, y,
+                             x);
     for (x += rows; x >= e.width; x -= e.width) ++y;
   }
 }

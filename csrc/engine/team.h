@@ -1,6 +1,9 @@
 // Threads that work on one image together. They spin at the barriers inside an image, and sleep between images.
 #pragma once
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <functional>
@@ -20,6 +23,13 @@ inline void relax() {
 #endif
 }
 
+// Part `part` of `parts` about equal ones of [0, count), in multiples of `grain`
+inline void part_of(int count, int grain, int part, int parts, int* begin, int* end) {
+  const int grains = (count + grain - 1) / grain;
+  *begin = std::min(count, int(long(grains) * part / parts) * grain);
+  *end = std::min(count, int(long(grains) * (part + 1) / parts) * grain);
+}
+
 // One member of a team: its rank, and where it waits for the others.
 class Worker {
  public:
@@ -35,29 +45,26 @@ class Worker {
     if (arrived_->fetch_add(1, std::memory_order_acq_rel) + 1 == unsigned(size)) {
       arrived_->store(0, std::memory_order_relaxed);
       round_->store(round + 1, std::memory_order_release);
+      round_->notify_all();
       return;
     }
-    for (int spins = 0; round_->load(std::memory_order_acquire) == round; ++spins) {
-      // with fewer processors than threads the one waited for may need this one
-      if (spins < 20000) {
-        relax();
-      } else {
-        std::this_thread::yield();
-      }
+    // Members are at most microseconds apart, unless one has lost its processor: then this one is better given up too
+    for (int spins = 0; spins < 4000; ++spins) {
+      if (round_->load(std::memory_order_acquire) != round) return;
+      relax();
     }
+    while (round_->load(std::memory_order_acquire) == round) round_->wait(round, std::memory_order_acquire);
   }
 
   // This member's share of [0, count), in multiples of `grain`
-  void share(int count, int grain, int* begin, int* end) const {
-    const int grains = (count + grain - 1) / grain;
-    *begin = std::min(count, int(long(grains) * rank / size) * grain);
-    *end = std::min(count, int(long(grains) * (rank + 1) / size) * grain);
-  }
+  void share(int count, int grain, int* begin, int* end) const { part_of(count, grain, rank, size, begin, end); }
 
  private:
   std::atomic<unsigned>* arrived_;
   std::atomic<unsigned>* round_;
 };
+
+using Body = std::function<void(Worker&)>;
 
 class Team {
  public:
@@ -71,7 +78,7 @@ class Team {
       leaving_ = true;
     }
     wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
+    for (std::thread& thread : threads_) here() ? thread.join() : thread.detach();
   }
 
   Team(const Team&) = delete;
@@ -79,9 +86,12 @@ class Team {
 
   int size() const { return size_; }
 
+  // False in a process that was forked from the team's own: its threads have stayed behind
+  bool here() const { return process_ == getpid(); }
+
   // body(worker) on every member, the caller being rank 0. One call at a time. What rank 0 throws is thrown on; the
   // others must not throw.
-  void run(const std::function<void(Worker&)>& body) {
+  void run(const Body& body) {
     if (size_ > 1) {
       {
         std::lock_guard lock(mutex_);
@@ -103,7 +113,7 @@ class Team {
   void serve(int rank) {
     unsigned seen = 0;
     for (;;) {
-      const std::function<void(Worker&)>* body;
+      const Body* body;
       {
         std::unique_lock lock(mutex_);
         wake_.wait(lock, [&] { return leaving_ || job_ != seen; });
@@ -119,10 +129,11 @@ class Team {
   }
 
   const int size_;
+  const pid_t process_ = getpid();
   std::atomic<unsigned> arrived_{0}, round_{0};
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  const std::function<void(Worker&)>* body_ = nullptr;
+  const Body* body_ = nullptr;
   unsigned job_ = 0;
   int left_ = 0;
   bool leaving_ = false;

@@ -52,6 +52,11 @@ class Reader {
   std::set<std::string> used_;
 };
 
+// Where bfloat16 begins to serve pointwise layers. What is rounded earlier is carried through all attentions: on 294m
+// with weights at random it takes the error of the logits from 1.3 % to 1.9 % (stride 8) or 2.3 % (stride 4), and
+// tokens would add as much again. They stay float32.
+constexpr int BF16_FROM_STRIDE = 16;
+
 // Weight of output n and input k
 using Element = std::function<float(int n, int k)>;
 
@@ -104,8 +109,7 @@ class Packer {
 class Builder {
  public:
   Builder(const Config& config, const Arrays& arrays, Arena& arena, bool bf16, const Kernels& kernels)
-      : config_(config), read_(arrays), pack_(arena, kernels), maps_(bf16 ? Format::bf16 : Format::f32),
-        rows_(bf16 ? Format::bf16_weight : Format::f32) {}
+      : config_(config), read_(arrays), pack_(arena, kernels), bf16_(bf16) {}
 
   // Output n of the packed layer is row target[n] of the stored weight, -1 for a gap; factor by packed output
   Linear linear(const std::vector<std::string>& names, const std::vector<int>& outputs, int inputs,
@@ -275,9 +279,9 @@ class Builder {
     side.ffn_expand = linear(name + ".former.ffn_expand", 2 * D, D);
     side.ffn_project = linear(name + ".former.ffn_project", D, 2 * D);
     side.ffn_norm = norm(name + ".former.ffn_norm", D);
-    side.key_and_value = linear({name + ".former_to_mobile.key", name + ".former_to_mobile.value"},
-                                {out_channels, out_channels}, D, {in_order(out_channels), in_order(out_channels)},
-                                LOG2_E);
+    side.key_and_value =
+        linear({name + ".former_to_mobile.key", name + ".former_to_mobile.value"}, {out_channels, out_channels}, D,
+               {in_order(out_channels), in_order(out_channels)}, LOG2_E);
     side.reduced = D / 4;
     side.reduce = linear({name + relus[0] + ".reduce", name + relus[1] + ".reduce"}, {D / 4, D / 4}, D,
                          {in_order(D / 4), in_order(D / 4)});
@@ -328,8 +332,10 @@ class Builder {
     const float* tokens = read_("tokens", {config_.num_tokens, D});
     w.tokens = pack_.vector(config_.num_tokens * D, [=](int i) { return tokens[i]; });
     w.stem = stem();
-    int C = config_.stem_channels;
+    int C = config_.stem_channels, stride = 2;
     for (size_t i = 0; i < config_.blocks.size(); ++i) {
+      stride *= config_.blocks[i].stride;
+      if (bf16_ && stride >= BF16_FROM_STRIDE) maps_ = Format::bf16;
       w.blocks.push_back(block("blocks." + std::to_string(i), C, config_.blocks[i]));
       C = config_.blocks[i].out_channels;
     }
@@ -340,6 +346,7 @@ class Builder {
       for (int i = 0; i < C; ++i) source[i % config_.groups * (C / config_.groups) + i / config_.groups] = i;
     }
     w.head = pointwise("head.expand", 6 * C, C, source, false, false);
+    if (bf16_) rows_ = Format::bf16_weight;
     w.fc = linear("head.fc", config_.hidden_features, 6 * C + D);
     w.classifier = linear("head.classifier", config_.num_classes, config_.hidden_features);
     read_.finish();
@@ -348,7 +355,8 @@ class Builder {
  private:
   Stem stem() {
     const int N = config_.stem_channels, K = 9 * config_.in_chans;
-    if (N % 4 != 0) throw std::invalid_argument("config: stem_channels: expected a multiple of 4, got " + std::to_string(N));
+    if (N % 4 != 0)
+      throw std::invalid_argument("config: stem_channels: expected a multiple of 4, got " + std::to_string(N));
     const float* weight = read_("stem.weight", {N, config_.in_chans, 3, 3});
     const float* bias = read_("stem.bias", {N});
     Stem layer;
@@ -366,7 +374,9 @@ class Builder {
   const Config& config_;
   Reader read_;
   Packer pack_;
-  Format maps_, rows_;
+  const bool bf16_;
+  Format maps_ = Format::f32;  // of pointwise layers
+  Format rows_ = Format::f32;  // of linear layers
 };
 
 }  // namespace

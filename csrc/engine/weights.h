@@ -55,21 +55,24 @@ class Arena {
 // Logical number of the channel at a place in storage, -1 in a gap
 using Places = std::vector<int>;
 
-Places in_order(int channels);                                // 0 1 2 ..., then the gap of the last block
+Places in_order(int channels);                                   // 0 1 2 ..., then the gap of the last block
 Places in_filters(int channels, int multiplier, bool shuffled);  // all first filters, all second ones, each in blocks
-Places in_groups(int channels, int groups);                   // each group in blocks of its own, shuffled
+Places in_groups(int channels, int groups);                      // each group in blocks of its own, shuffled
 
 // A pointwise convolution. Output storage is group by group, each from a new block on.
 struct Pointwise {
   struct Group {
-    Products products;         // without offsets: they depend on the size of the map
-    std::vector<int> inputs;   // storage of each input, or of the first of each pair
+    Products products;        // without offsets: they depend on the size of the map
+    std::vector<int> inputs;  // storage of each input, or of the first of each pair
   };
   std::vector<Group> groups;
   const float* bias = nullptr;  // [blocks][16]
   int blocks = 0;               // of all outputs
   int group_blocks = 0;
   int inputs = 0, outputs = 0;
+
+  bool half() const { return groups[0].products.format == Format::bf16; }  // of the map that it reads
+
   bool shuffled = false;  // output n of group g is channel n * groups + g, instead of group after group
 };
 
@@ -110,21 +113,21 @@ struct TokenSide {
   MobileToFormer gather;
   Linear query, project, ffn_expand, ffn_project;
   Norm norm, ffn_norm;
-  Linear key_and_value;   // to [blocks of C'][16] twice
-  Linear reduce;          // of both dynamic ReLUs
-  Linear expand[2];       // to theta1 [blocks][16] and theta2 [blocks][16], in the order of storage
-  int reduced = 0;        // width of one
+  Linear key_and_value;  // to [blocks of C'][16] twice
+  Linear reduce;         // of both dynamic ReLUs
+  Linear expand[2];      // to theta1 [blocks][16] and theta2 [blocks][16], in the order of storage
+  int reduced = 0;       // width of one
 };
 
 struct Block {
   BlockConfig config;
   int in_channels = 0;
   bool has_skip = false;
-  Pointwise expand;          // same
+  Pointwise expand;             // same
   std::vector<Window> windows;  // of it
-  DepthwiseLayer depthwise;  // every kind; the first one of down
-  Pointwise squeeze;         // down
-  DepthwiseLayer second;     // down
+  DepthwiseLayer depthwise;     // every kind; the first one of down
+  Pointwise squeeze;            // down
+  DepthwiseLayer second;        // down
   Pointwise project;
   TokenSide tokens;  // same, down
 };

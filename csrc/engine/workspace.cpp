@@ -37,7 +37,7 @@ Offsets offsets_of(const Pointwise& layer, ptrdiff_t block) {
 
 }  // namespace
 
-Workspace::Workspace(const Config& config, const Weights& weights, bool bf16, int height, int width, int threads)
+Workspace::Workspace(const Config& config, const Weights& weights, int height, int width, int threads)
     : height(height), width(width) {
   const int M = config.num_tokens, D = config.token_dim;
   const auto halved = [](int side) { return (side + 1) / 2; };
@@ -57,15 +57,17 @@ Workspace::Workspace(const Config& config, const Weights& weights, bool bf16, in
     space.width = w;
     const int N = b.config.out_channels;
     const size_t positions = size_t(h) * w;
-    const bool down_next = i + 1 < weights.blocks.size() && weights.blocks[i + 1].config.kind == Kind::down;
-    const bool lite_next = i + 1 < weights.blocks.size() && weights.blocks[i + 1].config.kind == Kind::lite;
-    space.out = make_map(arena, N, h, w, down_next || lite_next, bf16 && !down_next && !lite_next);
+    const Block* next = i + 1 < weights.blocks.size() ? &weights.blocks[i + 1] : nullptr;
+    // a depthwise convolution reads a border, a pointwise one of bfloat16 what is rounded to it
+    const bool border = next && next->config.kind != Kind::same;
+    const bool half = next ? next->config.kind == Kind::same && next->expand.half() : weights.head.half();
+    space.out = make_map(arena, N, h, w, border, half);
     const ptrdiff_t flat_block = ptrdiff_t(positions) * BLOCK;
     space.project = offsets_of(b.project, flat_block);
     flat_floats = std::max(flat_floats, b.depthwise.places.size() * positions);
     grouped_blocks = std::max({grouped_blocks, b.project.blocks, b.squeeze.blocks});
     if (b.config.kind == Kind::same) {
-      space.expand = offsets_of(b.expand, bf16 ? in.half_block : in.block);
+      space.expand = offsets_of(b.expand, b.expand.half() ? in.half_block : in.block);
     } else if (b.config.kind == Kind::down) {
       space.middle = make_map(arena, N, h, w, true);
       space.squeeze = offsets_of(b.squeeze, flat_block);
@@ -74,7 +76,7 @@ Workspace::Workspace(const Config& config, const Weights& weights, bool bf16, in
     if (b.config.kind != Kind::lite) {
       space.queries = arena.take(size_t(C) * MAX_TOKENS);
       space.keys = arena.take(size_t(N) * MAX_TOKENS);
-      space.values = arena.take(size_t(BRIDGE_HEADS) * blocks_of(N) * M * BLOCK);
+      space.values = arena.take(size_t(blocks_of(N)) * M * BLOCK);
       slope_floats = std::max({slope_floats, 2 * b.depthwise.places.size(), 2 * b.second.places.size()});
     }
     for (Scratch& own : scratch) {
@@ -90,7 +92,7 @@ Workspace::Workspace(const Config& config, const Weights& weights, bool bf16, in
   flat.data = arena.take(flat_floats);
   flat.half = reinterpret_cast<uint16_t*>(flat.data);
   head = make_map(arena, 6 * C, h, w, false);
-  head_offsets = offsets_of(weights.head, bf16 ? in.half_block : in.block);
+  head_offsets = offsets_of(weights.head, weights.head.half() ? in.half_block : in.block);
   gather_queries = arena.take(size_t(C) * MAX_TOKENS);
   image_half = (width / 2 + 2 + BLOCK) / BLOCK * BLOCK;
   in_order.resize(std::max({6 * C + D, config.hidden_features, 2 * D}));
@@ -111,13 +113,16 @@ Workspace::Workspace(const Config& config, const Weights& weights, bool bf16, in
     scores = arena.take(positions * BLOCK);
     mix = arena.take(positions * MAX_TOKENS);
   }
+  for (Span& span : spans) {
+    span.most = arena.take(2 * BLOCK);
+    span.sums = arena.take(size_t(most_blocks) * M * BLOCK);
+  }
   for (Scratch& own : scratch) {
-    if (config.spatial_dynamic_relu && bf16) own.plane = arena.take(size_t(stem.height) * stem.width * BLOCK);
+    if (config.spatial_dynamic_relu && weights.head.half())
+      own.plane = arena.take(size_t(stem.height) * stem.width * BLOCK);
     if (config.groups > 1) own.grouped = arena.take(size_t(grouped_blocks) * GROUPED_CHUNK * BLOCK);
     own.image_row = arena.take(width);
     own.image_rows = arena.take(size_t(config.in_chans) * 6 * image_half);
-    own.most = arena.take(2 * BLOCK);
-    own.sums = arena.take(size_t(BRIDGE_HEADS) * most_blocks * M * BLOCK);
   }
 }
 

@@ -1,6 +1,8 @@
 // Everything that an image of one size needs beside the weights: planned and allocated once per size.
 #pragma once
 
+#include <algorithm>
+
 #include "engine/weights.h"
 
 namespace mf::engine {
@@ -21,48 +23,59 @@ using Offsets = std::vector<std::vector<int32_t>>;
 
 struct BlockSpace {
   Map out;
-  Map middle;        // down: the squeezed map, with border
+  Map middle;                // down: the squeezed map, with border
   float* queries = nullptr;  // [C][8]
   float* keys = nullptr;     // [C'][8]
-  float* values = nullptr;  // [2][blocks of C'][M][16]
+  float* values = nullptr;   // [blocks of C'][M][16]
   Offsets expand, squeeze, project;
   int height = 0, width = 0;  // of the output
 };
 
-constexpr int GROUPED_CHUNK = 112;   // positions that a grouped layer makes before they are put in order
-constexpr int MAX_GROUPED = 256;     // channels of a map that one makes
+constexpr int GROUPED_CHUNK = 112;  // positions that a grouped layer makes before they are put in order
+constexpr int MAX_GROUPED = 256;    // channels of a map that one makes
 
 // What the members of a team each need for themselves.
 struct Scratch {
-  std::vector<float*> panel;  // per block: [3][(H + 2)(W + 2)][16], its border zero
+  std::vector<float*> panel;    // per block: [3][(H + 2)(W + 2)][16], its border zero
   float* image_row = nullptr;   // [W], of bytes that became floats
   float* image_rows = nullptr;  // [3][channels][2][half]: rows r, r + 1, r + 2 at r % 3, as the stem reads them
-  float* most = nullptr;        // [16], then sum [16]
-  float* sums = nullptr;        // [2][blocks][M][16]
   float* grouped = nullptr;     // [blocks][112][16] as a grouped layer makes them, group by group
   float* plane = nullptr;       // [positions][16], with spatial dynamic ReLU in bfloat16
 };
 
+// Mobile-to-Former over a span of positions. Spans depend on the size of the map alone, so that sums do not depend on
+// the number of threads.
+struct Span {
+  float* most = nullptr;  // [16], then sum [16]
+  float* sums = nullptr;  // [blocks][M][16]
+};
+
+constexpr int SPAN_POSITIONS = 784;
+constexpr int MAX_SPANS = 8;
+
+inline int spans_of(int positions) { return std::clamp(positions / SPAN_POSITIONS, 1, MAX_SPANS); }
+
 struct Workspace {
-  Workspace(const Config&, const Weights&, bool bf16, int height, int width, int threads);
+  Workspace(const Config&, const Weights&, int height, int width, int threads);
 
   int height, width;
   Arena arena;
   Map stem;
   std::vector<BlockSpace> blocks;
-  Map flat;       // any depthwise output: float or bfloat16
+  Map flat;  // any depthwise output: float or bfloat16
   Map head;
   std::vector<Scratch> scratch;
+  Span spans[MAX_SPANS];
 
   // tokens: rows of D, and of what the linear layers make of them
   float *tokens, *query_gate, *gathered, *row, *wide, *slopes[2], *reduced, *key_value;
-  float* joint;  // [6C + D]
+  float* joint;           // [6C + D]
   float* gather_queries;  // of the last bridge, [C][8]
   Offsets head_offsets;
   std::vector<int32_t> in_order;
   ptrdiff_t image_half = 0;  // floats of half an image row, with what a vector reads beyond
-  float* scores = nullptr;  // spatial: [positions][16]
-  float* mix = nullptr;     // spatial: [positions][8]
+  float* scores = nullptr;   // spatial: [positions][16]
+  float* mix = nullptr;      // spatial: [positions][8]
 };
 
 }  // namespace mf::engine
