@@ -26,7 +26,7 @@ def export(
         typer.Option(help="The runtime: which file is written."),
     ] = "onnx",
     size: Annotated[
-        int, typer.Option(min=32, help="Side of the image that is traced; executorch takes this one alone.")
+        int, typer.Option(min=32, help="Side of the image that is traced; of executorch the largest.")
     ] = 224,
     opset: Annotated[int | None, typer.Option(min=18, help="Of ONNX; 20.", show_default=False)] = None,
     check: Annotated[
@@ -56,9 +56,7 @@ def _export(target: Path, weights: Path, to: str, size: int, opset: int | None, 
     from mobileformer.export import ExportError, export_model
 
     model, metadata = open_model(weights), open_metadata(weights)
-    note(
-        f"{target}: writing, then checking; aotinductor takes minutes" if to == "aotinductor" else f"{target}: writing"
-    )
+    note(f"{target}: writing" + (", which takes minutes" if to in ("aotinductor", "executorch") else ""))
     try:
         return export_model(
             model,

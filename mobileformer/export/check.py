@@ -21,7 +21,8 @@ __all__ = ["BOUND", "Check", "Runtime", "compare", "in_fresh_process"]
 BOUND = 1e-4
 """Largest difference of a logit from the model in float64, over the largest logit. float32 makes about 1e-6."""
 
-Runtime = Callable[[np.ndarray], np.ndarray]
+Runtime = Callable[[list[np.ndarray]], list[np.ndarray]]
+"""Float32 images of several shapes -> logits of each."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,22 @@ def compare(name: str, run: Runtime, model: nn.Module, job: Job) -> list[Check]:
     height, width = job.size
     other = (max(TRACED_SMALLEST, height - 31), max(TRACED_SMALLEST, width - 2)) if job.any_size else job.size
     generator = torch.Generator().manual_seed(0)
+    shapes = [(1, job.metadata.in_chans, *job.size), (3, job.metadata.in_chans, *other)]
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    try:
+        outputs = run([x.numpy() for x in inputs])
+    except Exception as error:
+        told = " and ".join(map(str, shapes))
+        raise ExportError(f"{name} fails on inputs of the shapes {told}; nothing was written\n{error}") from error
     checks = []
-    for batch, size in ((1, job.size), (3, other)):
-        x = torch.randn(batch, job.metadata.in_chans, *size, generator=generator)
-        told = f"{name}, on an input of shape {tuple(x.shape)}:"
+    for x, output in zip(inputs, outputs, strict=True):
+        actual = torch.from_numpy(np.array(output))
         with torch.no_grad():
             expected = model(x.double())
-        try:
-            actual = torch.from_numpy(np.array(run(x.numpy())))
-        except Exception as error:
-            raise ExportError(f"{told} it fails; nothing was written\n{error}") from error
+        told = f"{name}, on an input of shape {tuple(x.shape)}:"
         if actual.shape != expected.shape:
-            raise ExportError(f"{told} gives shape {tuple(actual.shape)}, the model {tuple(expected.shape)}")
+            shape = tuple(actual.shape)
+            raise ExportError(f"{told} gives shape {shape}, the model {tuple(expected.shape)}; nothing was written")
         relative = difference(actual, expected).relative
         if not relative <= BOUND:
             raise ExportError(
@@ -60,24 +65,26 @@ def compare(name: str, run: Runtime, model: nn.Module, job: Job) -> list[Check]:
     return checks
 
 
-def in_fresh_process(code: str, path: Path) -> Runtime:
-    """Runs `code` in a Python of its own, which knows nothing of this package, with the names `path` and `x`.
+def in_fresh_process(load: str, path: Path) -> Runtime:
+    """Runs in a Python of its own, which knows nothing of this package.
 
-    x is a float32 tensor, and `y`, a tensor, is what the code has to set. Raises RuntimeError with what it printed.
+    load: code that makes `run`, a function of one tensor, of the file called `path`. Raises RuntimeError with what was
+    printed where that fails.
     """
 
-    def run(x: np.ndarray) -> np.ndarray:
+    def run(inputs: list[np.ndarray]) -> list[np.ndarray]:
         with tempfile.TemporaryDirectory() as folder:
-            np.save(f"{folder}/x.npy", x)
+            np.savez(f"{folder}/inputs.npz", *inputs)
             done = subprocess.run(
-                [sys.executable, "-I", "-c", _AROUND.format(code=code), str(path.absolute()), folder],
+                [sys.executable, "-I", "-c", _AROUND.format(load=load), str(path.absolute()), folder],
                 capture_output=True,
                 text=True,
                 check=False,
             )
             if done.returncode != 0:
                 raise RuntimeError(done.stderr[-2000:])
-            return np.load(f"{folder}/y.npy")
+            with np.load(f"{folder}/outputs.npz") as outputs:
+                return [outputs[key] for key in outputs.files]
 
     return run
 
@@ -87,9 +94,10 @@ import sys
 import numpy, torch
 torch.set_num_threads(1)
 path, folder = sys.argv[1:]
-x = torch.from_numpy(numpy.load(folder + "/x.npy"))
+{load}
+inputs = numpy.load(folder + "/inputs.npz")
 with torch.no_grad():
-    {code}
+    outputs = [run(torch.from_numpy(inputs[key])).numpy() for key in inputs.files]
 assert "mobileformer" not in sys.modules
-numpy.save(folder + "/y.npy", y.numpy())
+numpy.savez(folder + "/outputs.npz", *outputs)
 """

@@ -57,7 +57,7 @@ class Job:
         return torch.zeros(TRACED_BATCH, self.metadata.in_chans, *size)
 
     def dynamic_shapes(self, *, largest_batch: int | None = None) -> tuple[dict[int, Any]]:
-        """What may vary, in torch.export's terms, for the network's one argument. With a largest batch, up to `size`."""
+        """What may vary, in torch.export's terms; with a largest batch, the size that is traced is the largest too."""
         dimensions = {0: Dim("batch", max=largest_batch)}
         if self.any_size:
             height, width = (None, None) if largest_batch is None else self.size

@@ -40,6 +40,10 @@ class ExportNetwork(nn.Module):
     statistics.
     """
 
+    tokens: Tensor
+    query: Tensor
+    gate: Tensor
+
     def __init__(self, model: Model, dtype: torch.dtype = torch.float32, *, edge: bool = False) -> None:
         super().__init__()
         own = parts_of_its_own(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def require_tools(check: bool) -> None:
 def write(job: Job, path: Path) -> dict[str, Any]:
     """Compilation takes minutes. The metadata of a weight file are in the package's."""
     described = encode(job.metadata, form=FORMAT, version=FORMAT_VERSION)
-    with quietly(), tempfile.TemporaryDirectory() as cache, torch._inductor.utils.fresh_cache(dir=cache):
+    with quietly():
         program = traced(job, job.dynamic_shapes())
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(path), inductor_configs={"aot_inductor.metadata": described}
@@ -41,5 +40,5 @@ def write(job: Job, path: Path) -> dict[str, Any]:
 def runtimes(path: Path) -> dict[str, Runtime]:
     """In a process of its own: the one that compiled it holds more than the package does."""
     return {
-        f"torch {torch.__version__}": in_fresh_process("y = torch._inductor.aoti_load_package(path)(x)", path),
+        f"torch {torch.__version__}": in_fresh_process("run = torch._inductor.aoti_load_package(path)", path),
     }

@@ -25,11 +25,11 @@ def require_tools(check: bool) -> None:
 
 def write(job: Job, path: Path) -> dict[str, Any]:
     """The form has no place for metadata."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.devtools.backend_debug import get_delegation_info
-    from executorch.exir import to_edge_transform_and_lower
-
     with quietly():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.devtools.backend_debug import get_delegation_info
+        from executorch.exir import to_edge_transform_and_lower
+
         program = traced(job, job.dynamic_shapes(largest_batch=LARGEST_BATCH))
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         told = get_delegation_info(lowered.exported_program().graph_module)
@@ -48,8 +48,10 @@ def write(job: Job, path: Path) -> dict[str, Any]:
 
 def runtimes(path: Path) -> dict[str, Runtime]:
     """In a process of its own, whose runtime may write what it likes."""
-    code = (
-        "from executorch.runtime import Runtime; "
-        'y = Runtime.get().load_program(path).load_method("forward").execute([x])[0]'
-    )
+    code = """
+from executorch.runtime import Runtime
+program = Runtime.get().load_program(path)
+method = program.load_method("forward")
+run = lambda x: method.execute([x])[0].clone()
+"""
     return {f"ExecuTorch {version('executorch')}": in_fresh_process(code, path)}

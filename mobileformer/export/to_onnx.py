@@ -6,7 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mobileformer.export.check import Runtime
@@ -69,13 +68,7 @@ def runtimes(path: Path) -> dict[str, Runtime]:
         str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     )
 
-    def run_onnxruntime(x: np.ndarray) -> np.ndarray:
-        return np.asarray(session.run(None, {"images": x})[0])
-
-    def run_openvino(x: np.ndarray) -> np.ndarray:
-        return compiled([x])[0]
-
     return {
-        f"ONNX Runtime {onnxruntime.__version__}": run_onnxruntime,
-        f"OpenVINO {version('openvino')}": run_openvino,
+        f"ONNX Runtime {onnxruntime.__version__}": lambda inputs: [session.run(None, {"images": x})[0] for x in inputs],
+        f"OpenVINO {version('openvino')}": lambda inputs: [compiled([x])[0] for x in inputs],
     }

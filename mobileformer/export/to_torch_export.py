@@ -39,4 +39,4 @@ def write(job: Job, path: Path) -> dict[str, Any]:
 
 def runtimes(path: Path) -> dict[str, Runtime]:
     """Loaded as somebody would who has only torch."""
-    return {f"torch {torch.__version__}": in_fresh_process("y = torch.export.load(path).module()(x)", path)}
+    return {f"torch {torch.__version__}": in_fresh_process("run = torch.export.load(path).module()", path)}
