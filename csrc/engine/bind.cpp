@@ -216,6 +216,9 @@ PYBIND11_MODULE(_engine, module) {
   module.doc() = "Inference of a folded Mobile-Former on the CPU; see mobileformer.inference.Engine";
   module.def("isas", [] { return names_of(runnable()); }, "Instruction sets that this CPU runs, the best one last");
   module.def("compiled", [] { return names_of(compiled()); }, "Instruction sets that were compiled");
+  module.def(
+      "array_shapes", [](const py::dict& config) { return Weights::shapes_of(read_config(config)); }, py::arg("config"),
+      "{name: shape} of the arrays that a network of this configuration takes");
   py::class_<PyNetwork>(module, "Network")
       .def(py::init<const py::dict&, const py::dict&, const std::string&, int, const std::string&>(), py::arg("config"),
            py::arg("arrays"), py::arg("dtype") = "float32", py::arg("threads") = 1, py::arg("isa") = "")

@@ -54,7 +54,7 @@ extern const Kernels KERNELS = {
 namespace mf::engine {
 namespace {
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MF_BASELINE_ONLY)
 const Kernels* const LEVELS[] = {&baseline::KERNELS, &avx2::KERNELS, &avx512::KERNELS, &avx512bf16::KERNELS};
 
 bool runs(const Kernels* level) {

@@ -17,7 +17,7 @@
 #undef MF_LEVEL_BYTES
 #undef MF_LEVEL_REGISTERS
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(MF_BASELINE_ONLY)  // which is for tests that compile often
 
 #if defined(__clang__)
 #define MF_TARGET(features) \
@@ -70,5 +70,5 @@ MF_END_TARGET
 #undef MF_LEVEL_BYTES
 #undef MF_LEVEL_REGISTERS
 
-#endif  // __x86_64__
+#endif  // __x86_64__ && !MF_BASELINE_ONLY
 #endif  // MF_LEVEL

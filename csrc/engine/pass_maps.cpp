@@ -324,6 +324,7 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
   mark(".project", multiply_adds(block.project, P));
   mark(".expand", multiply_adds(block.expand, P));
   mark(".depthwise", multiply_adds(block.depthwise, P));
+  dump(".project", own.out);
   spread(block, own);
 }
 
@@ -338,6 +339,7 @@ void Pass::down(const Block& block, BlockSpace& own, const Map& in) {
   depthwise_strips(".expand", block.second, own.middle, space.slopes[1], Act::dynamic_relu, block.project, own.project,
                    own.out, &own.middle, false);
   mark(".expand, project", multiply_adds(block.second, P) + multiply_adds(block.project, P));
+  dump(".project", own.out);
   spread(block, own);
 }
 

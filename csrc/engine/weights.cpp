@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <set>
 #include <stdexcept>
@@ -25,14 +26,21 @@ std::string text(const std::vector<long>& shape) {
   return s + ")";
 }
 
-// Reads arrays by name and shape, and knows at the end whether one was left over.
+// Reads arrays by name and shape, and knows at the end whether one was left over. Without arrays it notes what is asked
+// for and gives zeros.
 class Reader {
  public:
-  explicit Reader(const Arrays& arrays) : arrays_(arrays) {}
+  explicit Reader(const Arrays* arrays) : arrays_(arrays) {}
 
   const float* operator()(const std::string& name, std::vector<long> shape) {
-    const auto found = arrays_.find(name);
-    if (found == arrays_.end()) throw std::invalid_argument("arrays: " + name + " is missing");
+    if (!arrays_) {
+      size_t size = 1;
+      for (long side : shape) size *= size_t(side);
+      asked_[name] = std::move(shape);
+      return zeros_.emplace_back(size).data();
+    }
+    const auto found = arrays_->find(name);
+    if (found == arrays_->end()) throw std::invalid_argument("arrays: " + name + " is missing");
     if (found->second.shape != shape) {
       throw std::invalid_argument("arrays: " + name + ": expected shape " + text(shape) + ", got " +
                                   text(found->second.shape));
@@ -42,14 +50,19 @@ class Reader {
   }
 
   void finish() const {
-    for (const auto& [name, array] : arrays_) {
+    if (!arrays_) return;
+    for (const auto& [name, array] : *arrays_) {
       if (!used_.count(name)) throw std::invalid_argument("arrays: " + name + " is not part of this network");
     }
   }
 
+  const Shapes& asked() const { return asked_; }
+
  private:
-  const Arrays& arrays_;
+  const Arrays* arrays_;
   std::set<std::string> used_;
+  Shapes asked_;
+  std::deque<std::vector<float>> zeros_;
 };
 
 // Where bfloat16 begins to serve pointwise layers. What is rounded earlier is carried through all attentions: on 294m
@@ -108,7 +121,7 @@ class Packer {
 // Reads and packs the layers of a network in the order of execution.
 class Builder {
  public:
-  Builder(const Config& config, const Arrays& arrays, Arena& arena, bool bf16, const Kernels& kernels)
+  Builder(const Config& config, const Arrays* arrays, Arena& arena, bool bf16, const Kernels& kernels)
       : config_(config), read_(arrays), pack_(arena, kernels), bf16_(bf16) {}
 
   // Output n of the packed layer is row target[n] of the stored weight, -1 for a gap; factor by packed output
@@ -327,6 +340,8 @@ class Builder {
     return b;
   }
 
+  const Shapes& asked() const { return read_.asked(); }
+
   void build(Weights& w) {
     const int D = config_.token_dim;
     const float* tokens = read_("tokens", {config_.num_tokens, D});
@@ -419,14 +434,31 @@ Places in_groups(int channels, int groups) {
   return places;
 }
 
-Weights::Weights(const Config& config, const Arrays& arrays, bool bf16, const Kernels& kernels) {
+void Weights::build(const Config& config, const Arrays* arrays, bool bf16, const Kernels& kernels, Shapes* shapes) {
+  if (config.blocks.empty()) throw std::invalid_argument("config: blocks: expected at least one, got none");
   if (config.groups != 1 && config.groups != 4) {
     throw std::invalid_argument("config: groups: expected 1 or 4, got " + std::to_string(config.groups));
+  }
+  if (6 * config.blocks.back().out_channels / config.groups % BLOCK != 0 && config.groups > 1) {
+    throw std::invalid_argument("config: groups: the classifier's " + std::to_string(config.groups) +
+                                " groups do not fill whole blocks of 16 channels");
   }
   if (config.num_tokens < 1 || config.num_tokens > MAX_TOKENS) {
     throw std::invalid_argument("config: num_tokens: expected 1 to 8, got " + std::to_string(config.num_tokens));
   }
-  Builder(config, arrays, arena, bf16, kernels).build(*this);
+  Builder builder(config, arrays, arena, bf16, kernels);
+  builder.build(*this);
+  if (shapes) *shapes = builder.asked();
+}
+
+Weights::Weights(const Config& config, const Arrays& arrays, bool bf16, const Kernels& kernels) {
+  build(config, &arrays, bf16, kernels, nullptr);
+}
+
+Shapes Weights::shapes_of(const Config& config) {
+  Shapes shapes;
+  Weights().build(config, nullptr, false, *runnable().front(), &shapes);
+  return shapes;
 }
 
 }  // namespace mf::engine

@@ -34,6 +34,7 @@ struct Array {
 };
 
 using Arrays = std::map<std::string, Array>;
+using Shapes = std::map<std::string, std::vector<long>>;
 
 inline int blocks_of(int channels) { return (channels + BLOCK - 1) / BLOCK; }
 
@@ -135,6 +136,8 @@ struct Block {
 struct Weights {
   Weights(const Config&, const Arrays&, bool bf16, const Kernels&);  // throws std::invalid_argument
 
+  static Shapes shapes_of(const Config&);  // of the arrays that such a network takes
+
   Arena arena;
   const float* tokens = nullptr;  // [M][D]
   Stem stem;                      // without rows
@@ -142,6 +145,10 @@ struct Weights {
   MobileToFormer gather;
   Pointwise head;
   Linear fc, classifier;
+
+ private:
+  Weights() = default;
+  void build(const Config&, const Arrays*, bool bf16, const Kernels&, Shapes*);
 };
 
 }  // namespace mf::engine
