@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [*(p for p in sorted(ROOT.glob("csrc/engine/*.cpp")) if p.name != "bind.cpp"), ROOT / "tests/engine/driver.cpp"]
+SOURCES = [
+    *(p for p in sorted(ROOT.glob("csrc/engine/*.cpp")) if p.name != "bind.cpp"),
+    ROOT / "tests/engine/driver.cpp",
+]
 FLAGS = ["-std=c++20", "-O1", "-g1", "-pthread", "-DMF_BASELINE_ONLY", "-Wall", "-Wextra"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

@@ -146,7 +146,7 @@ def test_torch_export(tiny: Model, tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiniest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """"tiny" of one block, for targets that are slow; the others see the rest of the graph."""
+    """ "tiny" of one block, for targets that are slow; the others see the rest of the graph."""
     config = dataclasses.replace(TINY, blocks=TINY.blocks[1:2])
     monkeypatch.setattr(mobileformer.config, "VARIANTS", MappingProxyType(VARIANTS | {"tiny": config}))
 

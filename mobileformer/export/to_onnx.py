@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mobileformer.export.check import Runtime
@@ -69,6 +70,8 @@ def runtimes(path: Path) -> dict[str, Runtime]:
     )
 
     return {
-        f"ONNX Runtime {onnxruntime.__version__}": lambda inputs: [session.run(None, {"images": x})[0] for x in inputs],
+        f"ONNX Runtime {onnxruntime.__version__}": lambda inputs: [
+            np.asarray(session.run(None, {"images": x})[0]) for x in inputs
+        ],
         f"OpenVINO {version('openvino')}": lambda inputs: [compiled([x])[0] for x in inputs],
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
 from mf_kernels import KernelFallbackWarning
@@ -161,8 +162,8 @@ def _wants_numbers_only(x: Tensor) -> bool:
         and x.is_cpu
         and x.layout is torch.strided
         and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
     )
