@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import mf_kernels
 import mobileformer
+from mobileformer.inference import InferenceModel
 from mobileformer.measure import Difference, Timing, difference, interleaved, lively_weights_
 
 __all__ = ["EAGER", "Contender", "Trial", "stack_photo"]
@@ -107,7 +108,7 @@ class Trial:
             try:
                 with mf_kernels.record_kernels() as record:
                     logits, gradient = self._logits_and_gradient(contender)
-                    contender.kernels = _calls_by_backend(record.counts)
+                    contender.kernels = _calls_by_backend(record.counts) or _engine_of(contender.network)
             except RuntimeError as error:  # torch.compile without a compiler, a kernel that cannot serve
                 contender.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
                 continue
@@ -186,6 +187,12 @@ class Trial:
 def stack_photo(photo: Tensor, batch: int) -> Tensor:
     """(C,H,W) -> (B,C,H,W), every copy shifted around: equal images would leave training no variance."""
     return torch.stack([photo.roll((16 * i, 8 * i), (1, 2)) for i in range(batch)])
+
+
+def _engine_of(network: Callable[[Tensor], Tensor]) -> dict[str, int]:
+    """{"engine:cpu:avx2": 1} for a copy for inference that the engine serves; it runs no operator that could count."""
+    engine = network.engine if isinstance(network, InferenceModel) else None
+    return {} if engine is None else {f"engine:cpu:{engine.isa}": 1}
 
 
 def _calls_by_backend(counts: dict[str, int]) -> dict[str, int]:
