@@ -13,7 +13,11 @@ from kernel_support import python
 from mobileformer.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXTS = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/environment.md", "docs/gpu.md", "docs/triton.md"]
+TEXTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("design", "environment", "export", "gpu", "triton")),
+]
 NOT_IN_THE_REPOSITORY = ("torch/", "ATen/", ".venv/", "mf_kernels/_build.json")
 TEXT = pytest.mark.parametrize("text", TEXTS)
 
