@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import race
 import reading
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -35,9 +36,13 @@ def draw(stem: str, result: reading.Result, folder: Path) -> list[Path]:
         for suite, name in reading.images(stem).items():
             rows = [row for row in result["rows"] if row["suite"] == suite]
             if rows:
-                figure = {"model": networks, "operators": operators}[suite](rows)
+                figure = {"model": networks, "operators": operators, "race": _race}[suite](rows)
                 written.append(_save(figure, reading.caption(result, brief=True), folder / name))
     return written
+
+
+def _race(rows: list[reading.Row]) -> Figure:
+    return race.chart(rows, {"blue": BLUE, "sky": SKY, "grey": GREY, "red": RED, "grid": GRID})
 
 
 def networks(rows: list[reading.Row]) -> Figure:

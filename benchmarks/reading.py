@@ -28,7 +28,8 @@ def machine_name(result: Result) -> str:
 
 def images(stem: str) -> dict[str, str]:
     """Names of the charts of a result, as the page refers to them."""
-    return {"model": f"images/{stem}-networks.png", "operators": f"images/{stem}-operators.png"}
+    names = {"model": "networks", "operators": "operators", "race": "race"}
+    return {suite: f"images/{stem}-{name}.png" for suite, name in names.items()}
 
 
 def caption(result: Result, *, brief: bool = False) -> str:

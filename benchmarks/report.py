@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import race
 from reading import (
     PLAIN,
     Result,
@@ -53,6 +54,9 @@ make bench BENCH="--with-compile --save-results"
   bytes over the time, "of a copy" is that over the rate of a plain copy of as many bytes, warm in the same caches.
 - Operators: batch 1, shapes of the networks at 224 x 224. Forward runs without gradients, backward is the gradients
   of all inputs alone. What the kernels save in a training step is in the training rows of the networks.
+- Runtimes: all contenders of a table take turns. ONNX Runtime and OpenVINO get the graph that `mobileformer export`
+  writes, with its shape made static, and the settings that were found fastest for them. "Engine gains" is the faster of
+  the two over the engine in the same precision. Accuracies are published ones, weights are random.
 """
 
 
@@ -70,6 +74,9 @@ def section(stem: str, result: Result) -> str:
     if networks:
         parts += ["### Networks", "", f"![Time per image of each network]({images(stem)['model']})", ""]
         parts += [*network_tables(networks), ""]
+    raced = [row for row in result["rows"] if row["suite"] == "race"]
+    if raced:
+        parts += ["### Runtimes", "", f"![Accuracy against time]({images(stem)['race']})", "", *race.tables(raced)]
     if operators:
         parts += ["### Operators", "", f"![Speedup of each operator]({images(stem)['operators']})", ""]
         for op in dict.fromkeys(row["op"] for row in operators):
