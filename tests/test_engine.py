@@ -35,7 +35,7 @@ ISA = pytest.mark.parametrize("isa", isas())
 SPATIAL = pytest.mark.parametrize("spatial", [False, True], ids=["token 0", "spatial"])
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # hundreds of megabytes each
 def engine(variant: str, spatial: bool = False, dtype: str = "float32", isa: str | None = None) -> Engine:
     return Engine(folded(variant, spatial), dtype, isa=isa)
 

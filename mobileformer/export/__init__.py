@@ -15,7 +15,7 @@ from mobileformer.export.check import BOUND, Check, compare
 from mobileformer.export.job import ExportError, Job, staged
 from mobileformer.export.network import ExportNetwork
 from mobileformer.metadata import Metadata, describe
-from mobileformer.model import Model
+from mobileformer.model import Model, unwrap
 
 __all__ = ["BOUND", "OPSET", "TARGETS", "Check", "ExportError", "Report", "export_model"]
 
@@ -76,7 +76,7 @@ def export_model(
         raise ValueError(f"size: expected at least {backend.SMALLEST} for {target}, got {height} x {width}")
     if opset is not None and (target != "onnx" or opset < 18):
         raise ValueError(f"opset: expected 18 or above, and the target onnx, got {opset} for {target}")
-    path = Path(path)
+    path, model = Path(path), unwrap(model)
     if path.suffix != backend.SUFFIX:
         raise ValueError(f"path: expected the ending {backend.SUFFIX} for {target}, got {path.name}")
     job = Job(

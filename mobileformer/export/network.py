@@ -49,7 +49,7 @@ class ExportNetwork(nn.Module):
         own = parts_of_its_own(model)
         if own is not None:
             raise ValueError(f"model: cannot be exported: {own}")
-        source = folded_copy(model)
+        source = folded_copy(model).cpu()
         self.form = EdgeForm() if edge else Form()
         self.num_tokens, self.token_dim = source.config.num_tokens, source.config.token_dim
         stem = as_folded(source.stem)
