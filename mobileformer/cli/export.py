@@ -28,7 +28,7 @@ def export(
     size: Annotated[
         int, typer.Option(min=32, help="Side of the image that is traced; of executorch the largest.")
     ] = 224,
-    opset: Annotated[int | None, typer.Option(min=18, help="Of ONNX; 20.", show_default=False)] = None,
+    opset: Annotated[int | None, typer.Option(min=18, max=25, help="Of ONNX; 20.", show_default=False)] = None,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Load the file in its runtime and compare it with the model.")
     ] = True,

@@ -23,6 +23,8 @@ TARGETS = ("onnx", "torch-export", "aotinductor", "executorch")
 OPSET = 20
 """Of ONNX: the first with GELU as one operator."""
 
+OPSETS = 18, 25  # the first and the last that torch's exporter writes
+
 
 @dataclass(frozen=True)
 class Report:
@@ -61,7 +63,7 @@ def export_model(
 
     A model with slopes by position (`spatial_dynamic_relu`) keeps the size given in all of them.
 
-    size: height and width of the example that is traced, one number for both. opset: of ONNX, from 18; `OPSET` if None.
+    size: height and width of the traced example, one number for both. opset: of ONNX, 18 to 25, None for `OPSET`.
     check: load the file in its runtime, at other batches and another size, and compare it with the model in float64;
     one that differs by more than `BOUND` of the largest logit is deleted. labels, mean, std: as for `save_weights`.
 
@@ -74,8 +76,8 @@ def export_model(
     height, width = size if isinstance(size, tuple) else (size, size)
     if min(height, width) < backend.SMALLEST:
         raise ValueError(f"size: expected at least {backend.SMALLEST} for {target}, got {height} x {width}")
-    if opset is not None and (target != "onnx" or opset < 18):
-        raise ValueError(f"opset: expected 18 or above, and the target onnx, got {opset} for {target}")
+    if opset is not None and (target != "onnx" or not OPSETS[0] <= opset <= OPSETS[1]):
+        raise ValueError(f"opset: expected {OPSETS[0]} to {OPSETS[1]}, and the target onnx, got {opset} for {target}")
     path, model = Path(path), unwrap(model)
     if path.suffix != backend.SUFFIX:
         raise ValueError(f"path: expected the ending {backend.SUFFIX} for {target}, got {path.name}")
