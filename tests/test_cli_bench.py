@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cli_support import make_files, run, run_json
+from engine_support import needs_engine
 
 import mobileformer
 from mobileformer.cli import contenders
@@ -45,6 +46,17 @@ def test_bench_inference(folder: Path) -> None:
     assert sum(rows["fused"]["kernels"].values()) > 20
     assert report["machine"]["threads"] == 1
     assert report["image"] == str(image)
+
+
+@needs_engine
+def test_bench_profile() -> None:
+    report = run_json("bench", *SMALL, "--profile")
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    assert sum(stage["share"] for stage in stages.values()) == pytest.approx(1)
+    assert sum(stage["ms"] for stage in stages.values()) == pytest.approx(report["total_ms"])
+    assert {"stem", "blocks.1.depthwise", "blocks.8.former", "head.expand", "head.fc, head.classifier"} <= set(stages)
+    assert stages["blocks.1.depthwise"]["gflop_per_s"] > 0
+    assert "--profile" in run("bench", *SMALL, "--profile", "--threads", 2, code=2).output
 
 
 def test_bench_training() -> None:

@@ -19,6 +19,7 @@ from mobileformer.cli.output import (
     print_table,
     progress,
 )
+from mobileformer.cli.profile import profile, show_stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,9 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="With torch.compile (takes a while).")
     ] = True,
+    profiled: Annotated[
+        bool, typer.Option("--profile", help="Instead: the engine's stages, with their share and GFLOP/s.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Time plain PyTorch in both layouts, torch.compile and the fused operators against each other.
@@ -58,6 +62,14 @@ def bench(
         if train and dtype != "float32":
             raise typer.BadParameter("training is measured in float32", param_hint="--dtype")
         check_device(device)
+        if profiled:
+            if train or device != "cpu" or threads > 1:
+                raise typer.BadParameter(
+                    "the engine's stages are of inference, on one thread of the CPU", param_hint="--profile"
+                )
+            stages = profile(variant, batch=batch, size=size, dtype=dtype, repeats=repeats, image=image)
+            print_json(stages) if as_json else show_stages(stages, caption=machine_line(stages["machine"]))
+            return
         report = measure(
             variant,
             batch=batch,
