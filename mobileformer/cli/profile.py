@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mobileformer.cli.output import CommandError, print_table
 
 __all__ = ["profile", "show_stages"]
 
+Dtype = Literal["float32", "bfloat16"]
 
-def profile(variant: str, *, batch: int, size: int, dtype: str, repeats: int, image: Path | None) -> dict[str, Any]:
+
+def profile(variant: str, *, batch: int, size: int, dtype: Dtype, repeats: int, image: Path | None) -> dict[str, Any]:
     """Every stage's least time of a call in `repeats`, on one thread; weights are random.
 
     Raises CommandError where the engine cannot run, with the reason.
