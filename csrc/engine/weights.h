@@ -4,6 +4,7 @@
 // Storage may hold gaps (the last block of a map, of a group or of a filter), whose values are always zero.
 #pragma once
 
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <string>
@@ -48,7 +49,10 @@ class Arena {
 
  private:
   void* bytes(size_t size);
-  std::vector<std::unique_ptr<std::byte[]>> chunks_;
+  struct Free {
+    void operator()(std::byte* memory) const { std::free(memory); }
+  };
+  std::vector<std::unique_ptr<std::byte[], Free>> chunks_;
   std::byte* next_ = nullptr;
   size_t left_ = 0;
 };
