@@ -94,13 +94,19 @@ def chart(rows: list[Row], colors: dict[str, str]) -> Figure:
         if points:
             ax.plot(*zip(*points, strict=True), style, marker=marker, color=colors[color], label=label, markersize=6)
     for name, time in zip(ours, lines["Mobile-Former, engine, float32"][0], strict=True):
-        ax.annotate(name, (time, top1[name]), (5, -10), textcoords="offset points", fontsize=8, color=colors["blue"])
+        ax.annotate(
+            name, (time, top1[name]), (-4, 7), textcoords="offset points", ha="right", fontsize=8, color=colors["blue"]
+        )
     others = {name: min(of.values()) for name, of in found.items() if name not in ours}
     if others:
         ax.plot(others.values(), [top1[name] for name in others], "D", color=colors["red"], markersize=5)
         ax.lines[-1].set_label("others, float32, the faster of ONNX Runtime and OpenVINO")
-    for name, time in others.items():
-        ax.annotate(name, (time, top1[name]), (6, -3), textcoords="offset points", fontsize=8, color=colors["red"])
+    # where points crowd, labels go to the right, above to the left and below to the right in turn
+    sides = [((6, -3), "left"), ((-2, 8), "right"), ((4, -13), "left")]
+    for index, (name, time) in enumerate(sorted(others.items(), key=lambda item: item[1])):
+        offset, align = sides[index % len(sides)]
+        style = {"textcoords": "offset points", "ha": align, "fontsize": 8, "color": colors["red"]}
+        ax.annotate(name, (time, top1[name]), offset, **style)
     ax.set_xscale("log")
     ax.set_xticks(ticks := [1, 2, 3, 5, 7, 10, 15, 20, 30], [str(tick) for tick in ticks])
     ax.minorticks_off()
