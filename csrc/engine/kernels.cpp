@@ -21,27 +21,10 @@ namespace mf::engine::MF_LEVEL {
 
 #define MF_NAME_TEXT(name) #name
 #define MF_NAME(name) MF_NAME_TEXT(name)
-#if defined(MF_LEVEL_PAIRS)
-constexpr bool PAIRS = true;
-#else
-constexpr bool PAIRS = false;
-#endif
 
 extern const Kernels KERNELS = {
-    MF_NAME(MF_LEVEL),
-    LANES,
-    PAIRS,
-    pointwise,
-    split_row,
-    stem,
-    depthwise,
-    mobile_to_former,
-    former_to_mobile,
-    layer_norm,
-    former_attention,
-    spatial_relu,
-    to_half,
-    mean,
+    MF_NAME(MF_LEVEL), LANES,      pointwise,        split_row,    stem,    depthwise, mobile_to_former,
+    former_to_mobile,  layer_norm, former_attention, spatial_relu, to_half, mean,
 };
 
 #undef MF_NAME

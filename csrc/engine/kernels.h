@@ -87,8 +87,7 @@ struct Walk {
 
 struct Kernels {
   const char* name;
-  int lanes;   // floats of a vector
-  bool pairs;  // bfloat16 products in hardware
+  int lanes;  // floats of a vector
   // positions [begin, end) of panels [first, last) of one group; `a` is position 0, `stride` elements from one to the next
   void (*pointwise)(const Products&, const Epilogue&, const void* a, ptrdiff_t stride, int begin, int end, int first,
                     int last);
