@@ -300,12 +300,13 @@ sys.exit(os.waitstatus_to_exitcode(done[1]))
 
 
 def test_an_engine_ends_with_its_process(path: Path) -> None:
-    """Neither a call that runs, nor threads that sleep, keep the interpreter from leaving."""
+    """Neither calls that run or wait for the interpreter's lock, nor threads that sleep, keep it from leaving."""
     code = (
         WITHOUT_TORCH
         + """
 engine = Engine(sys.argv[1], threads=2)
-threading.Thread(target=lambda: [engine(x) for _ in range(10**6)], daemon=True).start()
+for _ in range(4):
+    threading.Thread(target=lambda: [engine(x) for _ in range(10**6)], daemon=True).start()
 time.sleep(0.2)
 other = Engine(sys.argv[1], threads=2)
 other(x)

@@ -4,6 +4,10 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#ifdef __GLIBCXX__
+#include <cxxabi.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 
@@ -23,11 +27,25 @@ inline bool leaving() {
 }
 
 // Without the interpreter's lock. A daemon thread that asks for it while the interpreter is on its way out would be
-// unwound through objects that must not be touched without it; it sleeps until the process is gone, as newer Pythons
-// have it themselves.
+// unwound, through objects that must not be touched without it and destructors that may not throw; it sleeps until the
+// process is gone, as Pythons from 3.14 have it themselves. The interpreter may begin to leave while the thread waits
+// for the lock, so that to look first is not enough: what unwinds the thread is caught as well.
 struct Unlocked {
   PyThreadState* state = PyEval_SaveThread();
   ~Unlocked() {
+#ifdef __GLIBCXX__
+    try {
+      lock();
+    } catch (abi::__forced_unwind&) {
+      for (;;) pause();
+    }
+#else
+    lock();
+#endif
+  }
+
+ private:
+  void lock() const {
     while (leaving()) pause();
     PyEval_RestoreThread(state);
   }
