@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
+from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, VARIANTS
 
 if TYPE_CHECKING:
     from mobileformer.model import Model
@@ -25,7 +26,8 @@ class Metadata:
     """What a weight file says of itself.
 
     labels: one name a class. mean, std: one number a channel, of what the input is normalised with (pixels in
-    [0, 1]).
+    [0, 1]). input_size, crop_fraction: how an image becomes the input that the weights were trained for: short side
+    to input_size / crop_fraction pixels, then the square of input_size pixels in the middle. None: not told.
     """
 
     variant: str
@@ -35,6 +37,8 @@ class Metadata:
     labels: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    input_size: int | None = None
+    crop_fraction: float | None = None
 
 
 def describe(
@@ -43,11 +47,13 @@ def describe(
     labels: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    input_size: int | None = None,
+    crop_fraction: float | None = None,
 ) -> Metadata:
     """What a file made from `model` will say: for 3 channels ImageNet's mean and std where none are given.
 
-    Raises ValueError when there are not as many labels as classes, or numbers as channels, or for a mean or std that
-    nothing can be normalised with.
+    Raises ValueError when there are not as many labels as classes, or numbers as channels, for a mean or std that
+    nothing can be normalised with, for a size below the smallest input and a fraction outside (0, 1].
     """
     if model.in_chans == len(IMAGENET_MEAN):
         mean = IMAGENET_MEAN if mean is None else mean
@@ -60,6 +66,8 @@ def describe(
         labels=None if labels is None else tuple(labels),
         mean=None if mean is None else tuple(map(float, mean)),
         std=None if std is None else tuple(map(float, std)),
+        input_size=None if input_size is None else operator.index(input_size),
+        crop_fraction=None if crop_fraction is None else float(crop_fraction),
     )
     _check(metadata)
     return metadata
@@ -79,6 +87,10 @@ def encode(metadata: Metadata, *, form: str, version: int) -> dict[str, str]:
         values = getattr(metadata, key)
         if values is not None:
             header[key] = json.dumps(list(values), ensure_ascii=False)
+    for key in ("input_size", "crop_fraction"):
+        value = getattr(metadata, key)
+        if value is not None:
+            header[key] = json.dumps(value)
     return header
 
 
@@ -104,6 +116,8 @@ def decode(header: Mapping[str, str], name: str, *, form: str, version: int) -> 
             labels=_list(header, "labels", str),
             mean=_list(header, "mean", float),
             std=_list(header, "std", float),
+            input_size=int(header["input_size"]) if "input_size" in header else None,
+            crop_fraction=float(header["crop_fraction"]) if "crop_fraction" in header else None,
         )
         _check(metadata)
     except WeightsError:
@@ -135,6 +149,10 @@ def _check(metadata: Metadata) -> None:
         raise ValueError(f"mean: expected finite numbers, got {metadata.mean}")
     if not all(math.isfinite(value) and value > 0 for value in metadata.std or ()):
         raise ValueError(f"std: expected positive numbers, got {metadata.std}")
+    if metadata.input_size is not None and metadata.input_size < MIN_SIZE:
+        raise ValueError(f"input_size: expected at least {MIN_SIZE} pixels, got {metadata.input_size}")
+    if metadata.crop_fraction is not None and not 0 < metadata.crop_fraction <= 1:
+        raise ValueError(f"crop_fraction: expected a number in (0, 1], got {metadata.crop_fraction}")
 
 
 def _check_length(key: str, values: Sequence[Any] | None, expected: int, what: str) -> None:

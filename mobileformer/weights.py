@@ -35,6 +35,7 @@ __all__ = [
 FORMAT = "mobileformer"
 FORMAT_VERSION = 1
 _NEW_HEAD = ("head.classifier.weight", "head.classifier.bias")
+_STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CLASSES_KEY, _CHANNELS_KEY = "head.classifier.weight", "stem.conv.weight"
 
 
@@ -98,18 +99,34 @@ def save_weights(
     labels: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    input_size: int | None = None,
+    crop_fraction: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a safetensors file that describes itself: our names, and as text metadata what `Metadata` holds.
 
-    labels: one name a class, in order. mean, std: one number a channel, what the input was normalised with
-    (pixels in [0, 1]); for 3 channels ImageNet's when not given. The file appears whole or not at all. Raises
-    ValueError when there are not as many labels as classes, or numbers as channels.
+    =============  ======================================================================================
+    argument       meaning
+    =============  ======================================================================================
+    labels         one name a class, in order
+    mean, std      one number a channel, what the input was normalised with (pixels in [0, 1]); for 3
+                   channels ImageNet's when not given
+    input_size     side of the square that the weights were trained for, in pixels
+    crop_fraction  what that square is of the short side of the resized image, in (0, 1]
+    dtype          of the floating-point values in the file: torch.float16 or bfloat16 for half the bytes,
+                   float32, float64; None is the model's own. Loading converts to the model's dtype.
+    =============  ======================================================================================
+
+    The file appears whole or not at all. Raises ValueError when there are not as many labels as classes, or numbers
+    as channels, for a size or fraction out of range, and for a value that `dtype` cannot hold.
     """
+    if dtype not in (None, *_STORED_DTYPES):
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, _STORED_DTYPES))}, got {dtype}")
     model = unwrap(model)
-    metadata = encode(describe(model, labels=labels, mean=mean, std=std), form=FORMAT, version=FORMAT_VERSION)
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    metadata = describe(model, labels=labels, mean=mean, std=std, input_size=input_size, crop_fraction=crop_fraction)
+    state = {key: _stored(key, value, dtype) for key, value in model.state_dict().items()}
     with replacing(path) as temporary:
-        save_file(state, temporary, metadata=metadata)
+        save_file(state, temporary, metadata=encode(metadata, form=FORMAT, version=FORMAT_VERSION))
 
 
 def official_state_dict(model: Model) -> dict[str, Tensor]:
@@ -124,6 +141,19 @@ def save_official_checkpoint(model: Model, path: str | os.PathLike[str]) -> None
     state = {key: value.cpu() for key, value in official_state_dict(model).items()}
     with replacing(path) as temporary:
         torch.save({"state_dict": state}, temporary)
+
+
+def _stored(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A value as the file holds it. Counters of batches keep their own dtype."""
+    value = value.detach().cpu().contiguous()
+    if dtype is None or not value.is_floating_point():
+        return value
+    stored = value.to(dtype)
+    lost = torch.isfinite(value) & ~torch.isfinite(stored)
+    if bool(lost.any()):
+        largest = value[lost].abs().max().item()
+        raise ValueError(f"dtype: {key} holds {largest:g}, more than {dtype} can ({torch.finfo(dtype).max:g})")
+    return stored
 
 
 def _read(source: Any) -> tuple[str, dict[str, Tensor], Metadata | None]:

@@ -61,11 +61,11 @@ def run_json(*arguments: object, code: int = 0) -> Any:
     return json.loads(run(*arguments, "--json", code=code).stdout)
 
 
-def expected(weights: Path, image: Path, size: int = 64) -> list[tuple[int, float]]:
+def expected(weights: Path, image: Path, size: int = 64, crop_fraction: float = 0.875) -> list[tuple[int, float]]:
     """(class, probability), most probable first, in float64 on the plain path."""
     metadata = mobileformer.read_metadata(weights)
     model = mobileformer.load_model(weights, use_fused=False).double()
-    array = load_image(image, size=size, mean=metadata.mean, std=metadata.std)
+    array = load_image(image, size=size, mean=metadata.mean, std=metadata.std, crop_fraction=crop_fraction)
     with torch.no_grad():
         probabilities = model(torch.from_numpy(array)[None].double())[0].softmax(0)
     return sorted(enumerate(probabilities.tolist()), key=lambda pair: -pair[1])

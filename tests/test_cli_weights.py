@@ -109,6 +109,37 @@ def test_predict_refuses_weights_that_answer_with_nan(folder: Path, monkeypatch:
     assert "predictions" not in report["results"][0]
 
 
+def test_predict_sees_what_the_weights_were_trained_for(folder: Path, tmp_path: Path) -> None:
+    image, weights = folder / "images" / "b.png", tmp_path / "sized.safetensors"
+    model = mobileformer.load_model(folder / "plain.safetensors")
+    mobileformer.save_weights(model, weights, input_size=48, crop_fraction=1)
+    for size, crop_fraction, options in ((48, 1.0, ()), (64, 1.0, ("--size", 64)), (224, 0.875, None)):
+        file = folder / "plain.safetensors" if options is None else weights
+        report = run_json("predict", image, "--weights", file, "--top-k", 7, *(options or ()))
+        assert (report["size"], report["crop_fraction"]) == (size, crop_fraction)
+        for row, (index, probability) in zip(
+            report["results"][0]["predictions"], expected(file, image, size, crop_fraction), strict=True
+        ):
+            assert row["class"] == index
+            assert row["probability"] == pytest.approx(probability, abs=1e-5)
+
+
+def test_info_tells_what_a_file_says_of_itself(folder: Path, tmp_path: Path) -> None:
+    ours, folded = tmp_path / "ours.safetensors", tmp_path / "folded.safetensors"
+    model = mobileformer.load_model(folder / "plain.safetensors")
+    mobileformer.save_weights(model, ours, labels=NAMES, input_size=48, crop_fraction=0.9, dtype=torch.float16)
+    run("convert", ours, folded, "--fold")
+    for file, form, dtype in ((ours, "describes itself", "float16"), (folded, "folded for inference", "float32")):
+        report = run_json("info", file)
+        assert (report["form"], report["dtype"], report["bytes"]) == (form, dtype, file.stat().st_size)
+        assert (report["variant"], report["labels"]) == ("26m", NAMES)
+        assert (report["input_size"], report["crop_fraction"]) == (48, 0.9)
+    told = run("info", folder / "published.pth.tar").stdout
+    assert "published, or bare" in told
+    assert "not told" in told
+    assert "no.safetensors" in run_json("info", tmp_path / "no.safetensors", code=1)["error"]
+
+
 def test_predict_labels(folder: Path, tmp_path: Path) -> None:
     weights, image = folder / "plain.safetensors", folder / "images" / "b.png"
     top = expected(weights, image)[0][0]
@@ -193,6 +224,17 @@ def test_convert_tells_grouped_from_plain(tmp_path: Path, variant: str) -> None:
 def test_convert_keeps_labels_of_our_files(folder: Path, tmp_path: Path) -> None:
     run("convert", folder / "named.safetensors", tmp_path / "copy.safetensors")
     assert mobileformer.read_metadata(tmp_path / "copy.safetensors").labels == tuple(NAMES)
+
+
+def test_convert_keeps_the_input_size(folder: Path, tmp_path: Path) -> None:
+    from mobileformer.inference import FoldedNetwork
+
+    source, copy, folded = (tmp_path / f"{name}.safetensors" for name in ("source", "copy", "folded"))
+    model = mobileformer.load_model(folder / "plain.safetensors")
+    mobileformer.save_weights(model, source, input_size=48, crop_fraction=0.9)
+    run("convert", source, copy)
+    run("convert", source, folded, "--fold")
+    assert mobileformer.read_metadata(copy) == mobileformer.read_metadata(source) == FoldedNetwork.load(folded).metadata
 
 
 def test_convert_overwrites_only_when_told(folder: Path, tmp_path: Path) -> None:

@@ -261,9 +261,10 @@ def test_the_memory_of_executorch_is_planned_for_what_is_told(tiny: Model) -> No
 
 def test_the_command(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "open_model", lambda path: tiny)
-    monkeypatch.setattr(command, "open_metadata", lambda path: mobileformer.metadata.describe(tiny, labels=NAMES))
+    told = mobileformer.metadata.describe(tiny, labels=NAMES, input_size=40)
+    monkeypatch.setattr(command, "open_metadata", lambda path: told)
     out = tmp_path / "net.pt2"
-    arguments = ("export", out, "--weights", "w", "--to", "torch-export", "--size", 40)
+    arguments = ("export", out, "--weights", "w", "--to", "torch-export")
     out.write_text("precious")
     assert "--force" in run_json(*arguments, code=1)["error"]
     assert out.read_text() == "precious"
@@ -273,7 +274,8 @@ def test_the_command(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert report["takes"] == "any batch, any size from 33"
     extra = {"metadata": ""}
     torch.export.load(out, extra_files=extra)
-    assert json.loads(json.loads(extra["metadata"])["labels"]) == NAMES
+    header = json.loads(extra["metadata"])
+    assert mobileformer.metadata.decode(header, str(out), form="mobileformer", version=1) == told
 
 
 @pytest.mark.parametrize("checked", [False, True])

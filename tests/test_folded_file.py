@@ -207,7 +207,8 @@ def test_a_network_made_by_hand_is_checked() -> None:
 def small() -> FoldedNetwork:
     model = Model("26m", num_classes=2).eval()
     lively_weights_(model)
-    return fold(model, labels=["cat", "Hündin 🐕"], mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    told = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": 64, "crop_fraction": 0.95}
+    return fold(model, labels=["cat", "Hündin 🐕"], **told)
 
 
 def test_a_file_holds_everything(small: FoldedNetwork, tmp_path: Path) -> None:
@@ -216,7 +217,14 @@ def test_a_file_holds_everything(small: FoldedNetwork, tmp_path: Path) -> None:
     again = FoldedNetwork.load(path)
     assert again.metadata == small.metadata
     assert again.metadata == Metadata(
-        "26m", 2, 3, labels=("cat", "Hündin 🐕"), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
+        "26m",
+        2,
+        3,
+        labels=("cat", "Hündin 🐕"),
+        mean=(0.1, 0.2, 0.3),
+        std=(0.4, 0.5, 0.6),
+        input_size=64,
+        crop_fraction=0.95,
     )
     assert again.config is VARIANTS["26m"]
     assert again.arrays.keys() == small.arrays.keys()

@@ -260,7 +260,19 @@ def test_extreme_shapes_stay_small(size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(array, 1)
 
 
+def test_preprocess_with_another_crop() -> None:
+    image = Image.new("L", (64, 64))
+    image.paste(255, (8, 8, 56, 56))
+    whole = preprocess(image, size=64, mean=[0], std=[1], crop_fraction=1)[0]
+    assert np.array_equal(whole, np.asarray(image) / np.float32(255))
+    middle = preprocess(image, size=48, mean=[0], std=[1], crop_fraction=0.75)[0]
+    assert (middle == 1).all()
+
+
 def test_preprocess_says_what_does_not_fit() -> None:
+    for fraction in (0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="crop_fraction: expected a number"):
+            preprocess(corners(), size=32, mean=MEAN, std=STD, crop_fraction=fraction)
     with pytest.raises(ValueError, match="mode 'L' does not fit 3"):
         preprocess(Image.new("L", (9, 9)), mean=MEAN, std=STD)
     with pytest.raises(ValueError, match="equally many"):

@@ -26,6 +26,7 @@ from mobileformer import (
     save_official_checkpoint,
     save_weights,
 )
+from mobileformer.checkpoint import read_header
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
 from mobileformer.files import replacing
 from mobileformer.keys import module_names, to_official, to_ours
@@ -112,10 +113,54 @@ def test_our_file_keeps_an_unusual_model(tmp_path: Path) -> None:
     assert read_metadata(path).mean == (0.5, 0.25)
 
 
+def test_our_file_says_what_it_was_trained_for(source: Model, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_weights(source, path, input_size=96, crop_fraction=1)
+    metadata = read_metadata(path)
+    assert (metadata.input_size, metadata.crop_fraction) == (96, 1.0)
+    save_weights(source, path)
+    assert not {"input_size", "crop_fraction"} & set(read_header(path))
+    assert (read_metadata(path).input_size, read_metadata(path).crop_fraction) == (None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_the_bytes(source: Model, target: Model, tmp_path: Path, dtype: torch.dtype) -> None:
+    path, whole = tmp_path / "half.safetensors", tmp_path / "whole.safetensors"
+    save_weights(source, path, dtype=dtype)
+    save_weights(source, whole)
+    assert path.stat().st_size < 0.52 * whole.stat().st_size
+    load_weights(target, path)
+    for key, value in source.state_dict().items():
+        expected = value.to(dtype).float() if value.is_floating_point() else value
+        loaded = target.state_dict()[key]
+        assert loaded.dtype == value.dtype, key
+        assert torch.equal(loaded, expected), key
+    assert source.tokens.dtype == torch.float32
+    assert states_equal(load_model(path), target)
+    save_weights(load_model(path), whole, dtype=dtype)  # rounding is done once
+    assert all(torch.equal(value, load_file(path)[key]) for key, value in load_file(whole).items())
+
+
+def test_what_half_cannot_hold_is_refused(source: Model, tmp_path: Path) -> None:
+    model = Model(SMALL)
+    load_weights(model, source.state_dict())
+    model.blocks[2].down.norm.running_var[3] = 7e4
+    for dtype in (None, torch.bfloat16):
+        save_weights(model, tmp_path / "fits.safetensors", dtype=dtype)
+    with pytest.raises(ValueError, match=r"blocks\.2\.down\.norm\.running_var holds 70000, more than torch\.float16"):
+        save_weights(model, tmp_path / "x.safetensors", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"dtype: expected one of torch\.float16, .* got torch\.int8"):
+        save_weights(model, tmp_path / "x.safetensors", dtype=torch.int8)
+    assert os.listdir(tmp_path) == ["fits.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ({"labels": ["a", "b"]}, "labels: expected 1000"),
+        ({"input_size": 31}, "input_size: expected at least 32 pixels, got 31"),
+        ({"crop_fraction": 0.0}, r"crop_fraction: expected a number in \(0, 1\], got 0.0"),
+        ({"crop_fraction": float("nan")}, "crop_fraction: expected a number"),
         ({"mean": [0.5]}, "mean: expected 3"),
         ({"std": [0.5] * 4}, "std: expected 3"),
     ],
@@ -170,6 +215,9 @@ def test_other_spatial_mode_warns(source: Model, tmp_path: Path) -> None:
         ({"variant": "295m"}, "unknown variant '295m'"),
         ({"labels": json.dumps(["only one"])}, "labels: expected 1000"),
         ({"mean": "[0.1"}, "damaged"),
+        ({"input_size": "sixty-four"}, "damaged"),
+        ({"input_size": "-64"}, "input_size: expected at least 32"),
+        ({"crop_fraction": "1.5"}, "crop_fraction: expected a number"),
     ],
 )
 def test_damaged_metadata(source: Model, tmp_path: Path, changes: dict, message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -84,11 +84,18 @@ def _convert(
 
     model, metadata = _read(source, variant)
     names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels
+    told: dict[str, Any] = {
+        "labels": names,
+        "mean": metadata.mean,
+        "std": metadata.std,
+        "input_size": metadata.input_size,
+        "crop_fraction": metadata.crop_fraction,
+    }
     try:
         if form == "ours":
-            save_weights(model, target, labels=names, mean=metadata.mean, std=metadata.std)
+            save_weights(model, target, **told)
         elif form == "folded":
-            fold(model, labels=names, mean=metadata.mean, std=metadata.std).save(target)
+            fold(model, **told).save(target)
         else:
             save_official_checkpoint(model, target)
     except (OSError, ValueError) as error:

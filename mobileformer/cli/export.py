@@ -26,8 +26,11 @@ def export(
         typer.Option(help="The runtime: which file is written."),
     ] = "onnx",
     size: Annotated[
-        int, typer.Option(min=32, help="Side of the image that is traced; of executorch the largest.")
-    ] = 224,
+        int | None,
+        typer.Option(
+            min=32, help="Side of the image that is traced; of executorch the largest; else the weights' own, or 224."
+        ),
+    ] = None,
     opset: Annotated[int | None, typer.Option(min=18, max=25, help="Of ONNX; 20.", show_default=False)] = None,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Load the file in its runtime and compare it with the model.")
@@ -52,7 +55,7 @@ def export(
             _show(report)
 
 
-def _export(target: Path, weights: Path, to: str, size: int, opset: int | None, check: bool) -> Report:
+def _export(target: Path, weights: Path, to: str, size: int | None, opset: int | None, check: bool) -> Report:
     from mobileformer.export import ExportError, export_model
 
     model, metadata = open_model(weights), open_metadata(weights)
@@ -62,12 +65,14 @@ def _export(target: Path, weights: Path, to: str, size: int, opset: int | None, 
             model,
             target,
             to,
-            size=size,
+            size=size or metadata.input_size or 224,
             opset=opset,
             check=check,
             labels=metadata.labels,
             mean=metadata.mean,
             std=metadata.std,
+            input_size=metadata.input_size,
+            crop_fraction=metadata.crop_fraction,
         )
     except (ExportError, OSError, ValueError) as error:
         raise CommandError(f"{target}: {error}") from error

@@ -1,22 +1,36 @@
-"""`mobileformer info`: the seven variants, the kernels and the engine of this machine, the machine itself."""
+"""`mobileformer info`: the seven variants, the kernels and the engine of this machine; or what a weight file says."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
 
-from mobileformer.cli.output import JsonOption, command, print_json, print_table
+import typer
 
-__all__ = ["describe", "info"]
+from mobileformer.cli.output import CommandError, JsonOption, command, print_json, print_table
+
+__all__ = ["describe", "describe_weights", "info"]
 
 
-def info(as_json: JsonOption = False) -> None:
-    """The seven variants and their cost, kernels and engine of this machine and what is missing, the machine."""
+def info(
+    weights: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Weights, published, ours or folded.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The seven variants and their cost, kernels and engine of this machine and what is missing, the machine.
+
+    With a weight file: what that says of itself.
+    """
     with command(as_json):
-        report = describe()
+        report = describe() if weights is None else describe_weights(weights)
         if as_json:
             print_json(report)
-        else:
+        elif weights is None:
             _show(report)
+        else:
+            print_table("", ("what", "is"), [(key, _cell(value)) for key, value in report.items()])
 
 
 def describe() -> dict[str, Any]:
@@ -43,6 +57,38 @@ def describe() -> dict[str, Any]:
         "engine": library.status(),
         "machine": machine(),
     }
+
+
+def describe_weights(path: Path) -> dict[str, Any]:
+    """What a weight file says of itself, as plain data; what it does not say is None. Raises CommandError."""
+    from mobileformer import WeightsError, read_metadata
+    from mobileformer.checkpoint import read_header, read_state
+    from mobileformer.inference import folded
+
+    try:
+        header = read_header(path)
+        is_folded = header.get("format") == folded.FORMAT
+        metadata = folded.FoldedNetwork.load(path).metadata if is_folded else read_metadata(path)
+        state, _ = read_state(path)
+    except (WeightsError, OSError) as error:
+        raise CommandError(str(error)) from error
+    form = "folded for inference" if is_folded else "describes itself" if "format" in header else "published, or bare"
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point()})
+    return {
+        "file": str(path),
+        "form": form,
+        "bytes": path.stat().st_size,
+        "values": sum(value.numel() for value in state.values()),
+        "dtype": ", ".join(dtypes),
+        **asdict(metadata),
+    }
+
+
+def _cell(value: object) -> str:
+    """A value for people: lists without brackets, None as a word."""
+    if value is None:
+        return "not told"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _count_parameters(variant: str) -> int:

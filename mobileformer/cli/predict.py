@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,12 +20,20 @@ from mobileformer.cli.output import (
     print_table,
     progress,
 )
-from mobileformer.cli.weights import HOW_TO_GET_WEIGHTS, open_metadata, open_model, read_labels
+from mobileformer.cli.weights import (
+    HOW_TO_GET_WEIGHTS,
+    InputView,
+    SizeOption,
+    input_view,
+    open_metadata,
+    open_model,
+    read_labels,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from mobileformer import Metadata, Model
+    from mobileformer import Model
 
 __all__ = ["predict"]
 
@@ -41,7 +50,7 @@ def predict(
         Path | None, typer.Option(metavar="FILE", help="Class names: one a line, or a list in a .json file.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
-    size: Annotated[int, typer.Option(min=32, help="Side of the square the network sees, in pixels.")] = 224,
+    size: SizeOption = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the network runs.")] = "cpu",
     fused: Annotated[bool, typer.Option("--fused/--no-fused", help="Fused operators, or plain PyTorch.")] = True,
     batch: Annotated[int, typer.Option(min=1, help="Images in one call of the network.")] = 16,
@@ -49,7 +58,8 @@ def predict(
 ) -> None:
     """Classify images: the most probable classes of each.
 
-    Resize the short side to size / 0.875, crop the centre, normalise as the weight file says.
+    Resize the short side to size over crop fraction, crop the centre, normalise, all as the weight file says. One
+    that does not say gets size 224 and crop fraction 0.875.
     Transparent pixels count as white. A bad file is reported and the rest is done; the exit code is then 1.
     """
     with command(as_json):
@@ -58,9 +68,9 @@ def predict(
         check_device(device)
         metadata = open_metadata(weights)
         names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels
-        mean, std = _normalisation(metadata, weights)
+        view = input_view(metadata, weights, size)
         model = open_model(weights, use_fused=fused).to(device)
-        answers = _classify(model, images, batch=batch, size=size, mean=mean, std=std, top_k=top_k)
+        answers = _classify(model, images, batch=batch, view=view, top_k=top_k)
         results = []
         for answer in answers:
             for row in answer.get("predictions", ()):
@@ -76,7 +86,8 @@ def predict(
                     "variant": metadata.variant,
                     "device": device,
                     "fused": fused,
-                    "size": size,
+                    "size": view.size,
+                    "crop_fraction": view.crop_fraction,
                     "failed": failed,
                     "results": results,
                 }
@@ -88,25 +99,12 @@ def predict(
             raise typer.Exit(1)
 
 
-def _normalisation(metadata: Metadata, weights: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if metadata.in_chans not in (1, 3):
-        raise CommandError(f"{weights}: takes {metadata.in_chans} channels, an image file has 1 or 3")
-    if metadata.mean is None or metadata.std is None:
-        raise CommandError(
-            f"{weights}: does not say what its input is normalised with; write it again with "
-            "mobileformer.save_weights(model, path, mean=..., std=...)"
-        )
-    return metadata.mean, metadata.std
-
-
 def _classify(
     model: Model,
     arguments: list[str],
     *,
     batch: int,
-    size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    view: InputView,
     top_k: int,
 ) -> Iterator[dict[str, Any]]:
     """{"image", "predictions"} or {"image", "error"} for every image, in order; batch by batch."""
@@ -122,7 +120,7 @@ def _classify(
             try:
                 if problem is not None:
                     raise ImageError(problem)
-                arrays.append(load_image(name, size=size, mean=mean, std=std))
+                arrays.append(load_image(name, **asdict(view)))
             except ImageError as error:
                 answers[-1]["error"] = str(error)
         good = [answer for answer in answers if "error" not in answer]

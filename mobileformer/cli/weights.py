@@ -1,17 +1,33 @@
-"""What the commands share about weights: how to get them, opening them, labels."""
+"""What the commands share about weights: how to get them, opening them, labels, what they want to see of an image."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from mobileformer.cli.output import CommandError
 
 if TYPE_CHECKING:
     from mobileformer import Metadata, Model
 
-__all__ = ["HOW_TO_GET_WEIGHTS", "open_metadata", "open_model", "read_labels"]
+__all__ = [
+    "HOW_TO_GET_WEIGHTS",
+    "InputView",
+    "SizeOption",
+    "input_view",
+    "open_metadata",
+    "open_model",
+    "read_labels",
+]
+
+SizeOption = Annotated[
+    int | None,
+    typer.Option(min=32, help="Side of the square the network sees, in pixels; else what the weight file says."),
+]
 
 HOW_TO_GET_WEIGHTS = """\
 --weights FILE is needed: without trained weights every answer would be a random one.
@@ -22,6 +38,32 @@ No weights come with this package.
       mobileformer predict IMAGE --weights 294m.safetensors
   Your own: train a mobileformer.Model and write it with
       mobileformer.save_weights(model, "mine.safetensors")"""
+
+
+@dataclass(frozen=True, slots=True)
+class InputView:
+    """How an image becomes the network's input: the keyword arguments of `mobileformer.data.load_image`."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_fraction: float
+
+
+def input_view(metadata: Metadata, weights: Path, size: int | None) -> InputView:
+    """As the weight file says, with `size` in place of its own where one is given. Raises CommandError."""
+    from mobileformer.data import CROP_FRACTION
+
+    if metadata.in_chans not in (1, 3):
+        raise CommandError(f"{weights}: takes {metadata.in_chans} channels, an image file has 1 or 3")
+    if metadata.mean is None or metadata.std is None:
+        raise CommandError(
+            f"{weights}: does not say what its input is normalised with; write it again with "
+            "mobileformer.save_weights(model, path, mean=..., std=...)"
+        )
+    return InputView(
+        size or metadata.input_size or 224, metadata.mean, metadata.std, metadata.crop_fraction or CROP_FRACTION
+    )
 
 
 def open_metadata(path: Path) -> Metadata:

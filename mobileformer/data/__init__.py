@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mobileformer.data.image import (
+    CROP_FRACTION,
     MAX_PIXELS,
     SUFFIXES,
     ImageError,
@@ -14,6 +15,7 @@ from mobileformer.data.image import (
 )
 
 __all__ = [
+    "CROP_FRACTION",
     "MAX_PIXELS",
     "SUFFIXES",
     "ImageError",

@@ -12,8 +12,8 @@ Decoding ends in 8-bit "RGB" (or "L" where the weights have one input channel), 
 | 32-bit float grey (F)       | value * 255, rounded, if all values lie in 0 .. 1; else refused              |
 | several frames or pages     | the first                                                                    |
 
-Preprocessing: short side to floor(size / 0.875) by Pillow's bilinear filter (which averages when it shrinks),
-centre crop size x size, y = (x / 255 - mean) / std. For size 224 the short side is 256.
+Preprocessing: short side to floor(size / crop fraction) by Pillow's bilinear filter (which averages when it shrinks),
+centre crop size x size, y = (x / 255 - mean) / std. For size 224 and the published 0.875 the short side is 256.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 __all__ = [
+    "CROP_FRACTION",
     "MAX_PIXELS",
     "SUFFIXES",
     "ImageError",
@@ -109,26 +110,35 @@ def decode_image(source: str | os.PathLike[str] | BinaryIO, *, channels: int = 3
 
 
 def preprocess(
-    image: Image.Image, *, size: int = 224, mean: Sequence[float], std: Sequence[float]
+    image: Image.Image,
+    *,
+    size: int = 224,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_fraction: float = CROP_FRACTION,
 ) -> npt.NDArray[np.float32]:
-    """Short side to floor(size / 0.875), centre crop, y = (x / 255 - mean) / std.
+    """Short side to floor(size / crop_fraction), centre crop, y = (x / 255 - mean) / std.
 
     | name | shape | dtype, unit |
     |---|---|---|
     | image | W x H, any | 8-bit "RGB" with 3 means, "L" with 1 |
     | mean, std | C | of values in 0 .. 1 |
+    | crop_fraction | scalar | size over short side, in (0, 1] |
     | result | (C, size, size) | float32 |
 
     Sizes and crop round as torchvision's evaluation transforms do on Pillow images.
     Source: the evaluation recipe of the published checkpoints (timm 0.3.4: crop fraction 0.875, bilinear).
 
     Raises:
-        ValueError: the mode does not fit the number of means, or `mean`, `std` differ in length, or size < 1.
+        ValueError: the mode does not fit the number of means, or `mean`, `std` differ in length, or size < 1, or
+            the fraction is out of range.
     """
     if len(mean) != len(std):
         raise ValueError(f"mean and std: expected equally many values, got {len(mean)} and {len(std)}")
     if size < 1:
         raise ValueError(f"size: expected at least 1 pixel, got {size}")
+    if not 0 < crop_fraction <= 1:
+        raise ValueError(f"crop_fraction: expected a number in (0, 1], got {crop_fraction}")
     wanted = {1: "L", 3: "RGB"}.get(len(mean))
     if image.mode != wanted:
         raise ValueError(f"image: mode {image.mode!r} does not fit {len(mean)} means, expected {wanted!r}")
@@ -138,7 +148,7 @@ def preprocess(
     elif height > MAX_ASPECT * width:
         image = _centre_crop(image, width, MAX_ASPECT * width)
     width, height = image.size
-    short = math.floor(size / CROP_FRACTION)
+    short = math.floor(size / crop_fraction)
     if width <= height:
         resized = (short, int(short * height / width))
     else:
@@ -150,10 +160,16 @@ def preprocess(
 
 
 def load_image(
-    source: str | os.PathLike[str] | BinaryIO, *, size: int = 224, mean: Sequence[float], std: Sequence[float]
+    source: str | os.PathLike[str] | BinaryIO,
+    *,
+    size: int = 224,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_fraction: float = CROP_FRACTION,
 ) -> npt.NDArray[np.float32]:
     """`decode_image` with as many channels as there are means, then `preprocess`: (C, size, size) float32."""
-    return preprocess(decode_image(source, channels=len(mean)), size=size, mean=mean, std=std)
+    image = decode_image(source, channels=len(mean))
+    return preprocess(image, size=size, mean=mean, std=std, crop_fraction=crop_fraction)
 
 
 def find_images(arguments: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[str, str | None]]:

@@ -49,6 +49,8 @@ def export_model(
     labels: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    input_size: int | None = None,
+    crop_fraction: float | None = None,
 ) -> Report:
     """Write the folded network in float32 for another runtime: images (B,in_chans,H,W) -> logits (B,num_classes).
 
@@ -65,7 +67,8 @@ def export_model(
 
     size: height and width of the traced example, one number for both. opset: of ONNX, 18 to 25, None for `OPSET`.
     check: load the file in its runtime, at other batches and another size, and compare it with the model in float64;
-    one that differs by more than `BOUND` of the largest logit is deleted. labels, mean, std: as for `save_weights`.
+    one that differs by more than `BOUND` of the largest logit is deleted. labels, mean, std, input_size,
+    crop_fraction: as for `save_weights`.
 
     Raises ExportError when a runtime or tool is missing (naming the extra that brings it), when the file fails or is
     wrong; ValueError for an argument out of range and for a model with parts of its own.
@@ -83,7 +86,7 @@ def export_model(
         raise ValueError(f"path: expected the ending {backend.SUFFIX} for {target}, got {path.name}")
     job = Job(
         network=ExportNetwork(model, edge=backend.EDGE),
-        metadata=describe(model, labels=labels, mean=mean, std=std),
+        metadata=describe(model, labels=labels, mean=mean, std=std, input_size=input_size, crop_fraction=crop_fraction),
         size=(height, width),
         any_size=not model.spatial_dynamic_relu,
         opset=opset or OPSET,

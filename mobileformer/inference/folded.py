@@ -39,7 +39,7 @@ class FoldedNetwork:
     ========  ==========================================================================================
     field     meaning
     ========  ==========================================================================================
-    metadata  variant, classes, channels, labels, mean and std
+    metadata  variant, classes, channels, labels, mean and std, size and crop of the input
     arrays    name -> float32 array; exactly the names and shapes that `array_shapes(metadata)` lists
     ========  ==========================================================================================
 

@@ -29,18 +29,21 @@ def fold(
     labels: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    input_size: int | None = None,
+    crop_fraction: float | None = None,
 ) -> FoldedNetwork:
     """A model's network for `Engine`, on its own: arrays without any norm or scale left to apply, and what they are.
 
     labels: one name a class. mean, std: one number a channel, what the input was normalised with (pixels in [0, 1]);
-    for 3 channels ImageNet's when not given. `model` stays as it is, and later changes to it do not reach the result.
+    for 3 channels ImageNet's when not given. input_size, crop_fraction: what the weights were trained for, as in
+    `Metadata`. `model` stays as it is, and later changes to it do not reach the result.
 
     Raises TypeError for anything but a `Model`; ValueError when there are not as many labels as classes or numbers as
     channels, for weights that are not finite, and for a model with parts of its own: an adapter in place of a layer,
     a pruned or parametrized weight, a norm without running statistics.
     """
     model = unwrap(model)
-    metadata = describe(model, labels=labels, mean=mean, std=std)
+    metadata = describe(model, labels=labels, mean=mean, std=std, input_size=input_size, crop_fraction=crop_fraction)
     own = parts_of_its_own(model) or _hooked_part(model)
     if own is not None:
         raise ValueError(f"model: cannot be folded: {own}")
