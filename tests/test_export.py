@@ -20,7 +20,7 @@ import mobileformer.config
 from mobileformer import VARIANTS, Model
 from mobileformer.cli import export as command
 from mobileformer.config import BlockConfig, VariantConfig
-from mobileformer.export import BOUND, ExportError, Report, check, export_model, job, to_executorch, to_torch_export
+from mobileformer.export import BOUND, ExportError, Report, check, export_model, job, to_executorch
 from mobileformer.export.network import ExportNetwork
 from mobileformer.measure import lively_weights_
 
@@ -275,7 +275,7 @@ def test_the_command(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     extra = {"metadata": ""}
     torch.export.load(out, extra_files=extra)
     header = json.loads(extra["metadata"])
-    assert mobileformer.metadata.decode(header, str(out), form=to_torch_export.FORMAT, version=1) == told
+    assert (json.loads(header["labels"]), header["input_size"]) == (NAMES, "40")
 
 
 @pytest.mark.parametrize("checked", [False, True])
