@@ -1,0 +1,101 @@
+"""`mobileformer train`: a recipe, a data set, weights on disk. One process, or as many as torchrun starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mobileformer.cli.output import CommandError, JsonOption, check_device, command, note, print_json, print_table
+
+__all__ = ["train"]
+
+
+def train(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="Image folder (train/ and val/ by class), folder of IDX files, or webdataset shards.",
+        ),
+    ],
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME", help="A shipped recipe (26m ... 508m, fashion-mnist, finetune), or a .toml.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the run's files go, and where it goes on from.")],
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the recipe; may be repeated."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Initial weights; another number of classes starts anew.")
+    ] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="Where it trains; under torchrun each process its own GPU.")
+    ] = "cpu",
+    fused: Annotated[bool, typer.Option("--fused/--no-fused", help="Fused operators, or plain PyTorch.")] = True,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images, for each that trains.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a process; else PyTorch's choice.")] = None,
+    save_minutes: Annotated[float, typer.Option(min=0, help="Between checkpoints inside an epoch.")] = 10.0,
+    max_broken: Annotated[int, typer.Option(min=0, help="Unreadable images before the run ends.")] = 100,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again where DIR holds a run.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a network. The same command goes on with a run that was stopped, at the very update.
+
+    On several processes or machines: torchrun --nproc-per-node 8 -m mobileformer train ... . The images of one update,
+    and so the numbers, depend on the recipe alone, not on the processes that share them.
+
+    Ctrl-C and SIGTERM save first. The exit code is then 128 plus the signal's number.
+    """
+    with command(as_json):
+        check_device(device)
+        result = _train(
+            data, recipe, output, values or [], weights, device, fused=fused, workers=workers, threads=threads,
+            save_minutes=save_minutes, max_broken=max_broken, fresh=fresh,
+        )  # fmt: skip
+        if result is None:
+            return
+        if as_json:
+            print_json({"output": str(output), **result})
+        else:
+            shown = ("variant", "top1", "top5", "loss", "best_top1", "best_epoch", "epochs", "seconds")
+            rows = [(key, f"{result[key]:.4g}" if isinstance(result[key], float) else result[key]) for key in shown]
+            print_table(str(output), ("what", "is"), rows)
+
+
+def _train(
+    data: str, name: str, output: Path, values: list[str], weights: Path | None, device: str, *, fused: bool,
+    workers: int, threads: int | None, save_minutes: float, max_broken: int, fresh: bool,
+) -> dict[str, Any] | None:  # fmt: skip
+    """The result, or None in any process but the first."""
+    import torch
+
+    from mobileformer import WeightsError, read_metadata
+    from mobileformer.data import ImageError, open_source
+    from mobileformer.training import Interrupted, Options, RecipeError, TrainingError, join, read_recipe, train
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        recipe = read_recipe(name, values)
+        channels = len(recipe.mean) or None
+        if weights is not None:
+            channels = read_metadata(weights).in_chans
+        training = open_source(data, "train", channels=channels)
+        validation = open_source(data, "val", channels=channels)
+        options = Options(
+            output=output, weights=weights, use_fused=fused, workers=workers, save_minutes=save_minutes,
+            max_broken=max_broken, fresh=fresh,
+        )  # fmt: skip
+        with join(device) as world:
+            result = train(training, validation, recipe, options, world)
+            return result if world.leads else None
+    except Interrupted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            note(str(stopped))
+        raise typer.Exit(128 + stopped.number) from None
+    except (RecipeError, TrainingError, WeightsError, ImageError, OSError, ValueError) as error:
+        raise CommandError(str(error)) from error

@@ -1,0 +1,94 @@
+"""What a run is made of before it starts: the network, what pixels are normalised with, the transforms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD
+from mobileformer.data.transforms import EvaluationTransform, TrainTransform
+from mobileformer.model import Model
+from mobileformer.training.recipe import Recipe
+from mobileformer.training.state import TrainingError
+from mobileformer.weights import load_weights, read_metadata
+
+__all__ = ["evaluation_transform", "make_model", "normalisation", "training_transform"]
+
+_MEASURED_IMAGES = 2000
+
+
+def make_model(source: Any, recipe: Recipe, weights: Path | None, *, use_fused: bool) -> tuple[Model, Recipe]:
+    """The network for the source's classes and channels, drawn from the seed or read; and the recipe with its name.
+
+    Raises TrainingError where neither the recipe nor the weights say which variant, or where they disagree, and what
+    `load_weights` raises.
+    """
+    import torch
+
+    variant = recipe.variant
+    if weights is not None:
+        found = read_metadata(weights)
+        if variant not in ("", found.variant):
+            raise TrainingError(f"variant: the recipe says {variant}, {weights} holds {found.variant}")
+        if found.in_chans != source.channels:
+            raise TrainingError(f"{weights}: takes {found.in_chans} channels, the data has {source.channels}")
+        variant = found.variant
+        if found.mean and found.std and not recipe.mean:
+            recipe = dataclasses.replace(recipe, mean=list(found.mean), std=list(found.std))
+    if not variant:
+        raise TrainingError("variant: the recipe leaves it to the initial weights, and there are none")
+    torch.manual_seed(recipe.seed)
+    model = Model(
+        variant,
+        num_classes=len(source.classes),
+        in_chans=source.channels,
+        use_fused=use_fused,
+        drop_rate=recipe.dropout,
+        drop_path_rate=recipe.drop_path,
+    )
+    if weights is not None:
+        load_weights(model, weights, allow_new_head=True)
+    if recipe.freeze:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("head."))
+    return model, dataclasses.replace(recipe, variant=variant)
+
+
+def normalisation(recipe: Recipe, source: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std), one number a channel: the recipe's, ImageNet's for 3 channels, or else as measured."""
+    if recipe.mean:
+        if len(recipe.mean) != source.channels:
+            raise TrainingError(f"mean: {len(recipe.mean)} numbers, the data has {source.channels} channels")
+        return tuple(recipe.mean), tuple(recipe.std)
+    if source.channels == len(IMAGENET_MEAN):
+        return IMAGENET_MEAN, IMAGENET_STD
+    chosen = np.linspace(0, len(source) - 1, min(len(source), _MEASURED_IMAGES)).astype(int)
+    pixels = np.concatenate([np.asarray(source[int(index)][0], dtype=np.float64).ravel() for index in chosen]) / 255
+    return (round(float(pixels.mean()), 4),), (round(float(pixels.std()), 4),)
+
+
+def training_transform(recipe: Recipe, mean: Sequence[float], std: Sequence[float], size: int) -> TrainTransform:
+    """What a training image goes through at this side."""
+    return TrainTransform(
+        size,
+        mean,
+        std,
+        crop=recipe.crop,
+        scale=tuple(recipe.crop_scale),
+        ratio=tuple(recipe.crop_ratio),
+        shift=recipe.shift,
+        flip=recipe.flip,
+        interpolation=recipe.interpolation,
+        randaugment=recipe.randaugment or None,
+        erase=recipe.erase,
+        erase_mode=recipe.erase_mode,
+    )
+
+
+def evaluation_transform(recipe: Recipe, mean: Sequence[float], std: Sequence[float]) -> EvaluationTransform:
+    """What a validation image goes through."""
+    return EvaluationTransform(recipe.size_at_end, mean, std, crop_fraction=recipe.crop_fraction)
