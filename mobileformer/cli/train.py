@@ -73,9 +73,9 @@ def _train(
     """The result, or None in any process but the first."""
     import torch
 
-    from mobileformer import WeightsError, read_metadata
-    from mobileformer.data import ImageError, open_source
-    from mobileformer.training import Interrupted, Options, RecipeError, TrainingError, join, read_recipe, train
+    from mobileformer import read_metadata
+    from mobileformer.data import open_source
+    from mobileformer.training import Interrupted, Options, TrainingError, join, read_recipe, train
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -97,5 +97,5 @@ def _train(
         if os.environ.get("RANK", "0") == "0":
             note(str(stopped))
         raise typer.Exit(128 + stopped.number) from None
-    except (RecipeError, TrainingError, WeightsError, ImageError, OSError, ValueError) as error:
+    except (TrainingError, OSError, ValueError) as error:
         raise CommandError(str(error)) from error

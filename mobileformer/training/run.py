@@ -280,9 +280,9 @@ class _Run:
                 self.checkpoint,
                 self.recipe,
                 self.progress,
-                self.model.state_dict(),
-                self.optimizer.state_dict(),
-                average,
+                model=self.model.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                average=average,
             )
         self.world.wait()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,9 @@ class Update:
         runner: nn.Module = torch.compile(model) if recipe.compile else model  # type: ignore[assignment]
         if world.size > 1:
             # Running statistics are averaged where they are used, once an epoch, and not sent around in between.
-            runner = DistributedDataParallel(runner, broadcast_buffers=False, gradient_as_bucket_view=True)
+            newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+            no_buffers = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+            runner = DistributedDataParallel(runner, gradient_as_bucket_view=True, **no_buffers)
         self.runner = runner
 
     def __call__(self, batches: Sequence[Batch], rate: float, update: int, *, stop: bool) -> Outcome:
