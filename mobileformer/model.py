@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mobileformer.blocks import DownBlock, LiteBlock, SameBlock
 from mobileformer.config import MIN_SIZE, BlockConfig, VariantConfig, get_variant
 from mobileformer.layers import ConvNorm, MobileToFormer, channel_shuffle
+from mobileformer.recompute import recomputed
 
 if TYPE_CHECKING:
     from mobileformer.inference.module import InferenceModel
@@ -92,6 +93,10 @@ class Model(nn.Module):
     Source: the paper's section 3 and, where it is silent, the authors' code.
     """
 
+    # A subclass that computes nothing else says so in its own body; without that it is not folded for the engine.
+    same_numbers = True
+    _grad_checkpointing = False
+
     def __init__(
         self,
         variant: str = "294m",
@@ -151,22 +156,23 @@ class Model(nn.Module):
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,in_chans,H,W) -> features (B,C,ceil(H/32),ceil(W/32)), tokens (B,M,D) of the last bridge."""
-        self._check_input(x)
-        if self._use_fused:
-            # Once, here: every operator and convolution after it keeps the layout of its input. Grouped
-            # convolutions are several times slower in channels_last, so the variant that has them stays with
-            # planes.
-            planes = self.config.groups > 1
-            x = x.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
-        tokens = self.tokens.repeat(x.shape[0], 1, 1)
-        x = self.stem(x)
+        x, tokens = self._enter(x)
         for block in self.blocks:
-            x, tokens = block(x, tokens)
+            x, tokens = self._through(block, x, tokens)
         return x, self.mobile_to_former(x, tokens)
 
     def forward_head(self, features: Tensor, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` gave -> logits (B,num_classes), or the vector (B,hidden) before them."""
         return self.head(features, tokens, pre_logits)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks are run again in the backward pass instead of keeping what they computed.
+
+        The memory that a training step takes for activations falls to the maps between blocks and one block's inside;
+        it costs a second forward pass. Logits, gradients and running statistics stay the same. It is not part of the
+        state dict, and without a gradient nothing changes.
+        """
+        self._grad_checkpointing = enable
 
     def to_inference(self, dtype: torch.dtype = torch.float32, threads: int | None = None) -> InferenceModel:
         """A copy for inference, BatchNorm folded into convolutions and linear layers. Same call, same logits.
@@ -198,6 +204,23 @@ class Model(nn.Module):
         from mobileformer.inference.module import InferenceModel
 
         return InferenceModel(self, dtype=dtype, threads=threads)
+
+    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B,in_chans,H,W) -> map (B,stem,ceil(H/2),ceil(W/2)), tokens (B,M,D): what the first block gets."""
+        self._check_input(x)
+        if self._use_fused:
+            # Once, here: every operator and convolution after it keeps the layout of its input. Grouped
+            # convolutions are several times slower in channels_last, so the variant that has them stays with
+            # planes.
+            planes = self.config.groups > 1
+            x = x.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
+        return self.stem(x), self.tokens.repeat(x.shape[0], 1, 1)
+
+    def _through(self, block: nn.Module, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """One block's map and tokens."""
+        if self._grad_checkpointing and torch.is_grad_enabled():
+            return recomputed(block, x, tokens)
+        return block(x, tokens)
 
     def _make_block(self, in_channels: int, block: BlockConfig, drop_path: float) -> nn.Module:
         groups = self.config.groups
