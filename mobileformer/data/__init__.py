@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mobileformer.data.base import ArraySource, DataError, Source
+from mobileformer.data.folder import FolderSource
 from mobileformer.data.image import (
     CROP_FRACTION,
     MAX_PIXELS,
@@ -20,17 +21,19 @@ from mobileformer.data.image import (
     preprocess,
     sample_photo,
 )
-from mobileformer.data.sources import open_source
+from mobileformer.data.mnist import mnist_5k_source
+from mobileformer.data.shards import ShardSource
+from mobileformer.data.sources import adopt_source, open_source
 from mobileformer.data.transforms import EvaluationTransform, TrainTransform
 
 if TYPE_CHECKING:
-    from mobileformer.data.loading import Batch as Batch
+    from mobileformer.data.batch import Batch as Batch
     from mobileformer.data.loading import evaluation_batches as evaluation_batches
     from mobileformer.data.loading import steps_per_epoch as steps_per_epoch
     from mobileformer.data.loading import training_batches as training_batches
 
 _HOME = {
-    "Batch": "mobileformer.data.loading",
+    "Batch": "mobileformer.data.batch",
     "evaluation_batches": "mobileformer.data.loading",
     "steps_per_epoch": "mobileformer.data.loading",
     "training_batches": "mobileformer.data.loading",
@@ -44,13 +47,17 @@ __all__ = [
     "Batch",
     "DataError",
     "EvaluationTransform",
+    "FolderSource",
     "ImageError",
+    "ShardSource",
     "Source",
     "TrainTransform",
+    "adopt_source",
     "decode_image",
     "evaluation_batches",
     "find_images",
     "load_image",
+    "mnist_5k_source",
     "open_source",
     "preprocess",
     "sample_photo",
