@@ -296,9 +296,14 @@ class _Run:
 
     def _save_weights(self, model: Model, name: str) -> None:
         save_weights(
-            model, self.options.output / name, labels=getattr(self.training, "classes", None), mean=self.mean,
+            model,
+            self.options.output / name,
+            labels=getattr(self.training, "classes", None),
+            mean=self.mean,
             std=self.std,
-        )  # fmt: skip
+            input_size=self.recipe.size_at_end,
+            crop_fraction=self.recipe.crop_fraction,
+        )
 
     def _result(self) -> dict[str, Any]:
         progress = self.progress
