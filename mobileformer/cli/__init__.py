@@ -1,4 +1,4 @@
-"""The command line: `mobileformer info | train | predict | bench | convert | export | demo`, one file per command.
+"""The command line: `mobileformer COMMAND`, one file for each command; `mobileformer --help` lists them.
 
 Every command prints tables for people, or with --json one JSON document and nothing else on standard output.
 Exit codes: 0 fine, 1 something failed, 2 wrong usage, 130 interrupted.
@@ -11,13 +11,13 @@ import sys
 
 import typer
 
-from mobileformer.cli import bench, convert, demo, export, info, predict, train
+from mobileformer.cli import bench, convert, demo, export, info, predict, train, visualize
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="mobileformer",
-    help="Mobile-Former, exact and fused: look at the variants, train, classify images, measure, convert weights, export.",
+    help="Mobile-Former, exact and fused: train, classify images, see what it attends to, measure, convert, export.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # a traceback goes into a bug report: whole, and without values
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("info")(info.info)
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
+app.command("visualize")(visualize.visualize)
 app.command("bench")(bench.bench)
 app.command("convert")(convert.convert)
 app.command("export")(export.export)

@@ -1,0 +1,202 @@
+"""`mobileformer visualize`: where the network looks, as a picture and as a page."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mobileformer.cli.output import CommandError, JsonOption, command, note, print_json, print_table
+from mobileformer.cli.weights import HOW_TO_GET_WEIGHTS, InputView, SizeOption, input_view, open_metadata, open_model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mobileformer import Metadata, Model
+    from mobileformer.visualize import BlockAttention
+
+__all__ = ["visualize"]
+
+
+def visualize(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="One image file.")],
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights, ours or published.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="OUT.png", help="The picture; without it and --html, IMAGE-attention.png, here."
+        ),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--html", metavar="OUT.html", help="The page, which opens offline.")
+    ] = None,
+    size: SizeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw where the network looks: of each block and head, what each token gathers from and where it is given to.
+
+    Mobile to Former: where a token looks, of weight 1 over all positions. Former to Mobile: which token a position
+    takes from, of weight 1 over the tokens. Beside them how alike the tokens of a block are. As a PNG, and as one HTML
+    page on which block, head and token are chosen.
+
+    The attention is computed by the reference path in plain PyTorch: fused kernels never hold it in memory.
+    """
+    with command(as_json):
+        if weights is None:
+            raise CommandError(HOW_TO_GET_WEIGHTS)
+        if out is None and page is None:
+            out = Path(f"{image.stem}-attention.png")
+        _check_targets(out, page, image, weights)
+        report = _run(image, weights, out, page, size)
+        if as_json:
+            print_json(report)
+        else:
+            _show(report)
+
+
+def _check_targets(out: Path | None, page: Path | None, image: Path, weights: Path) -> None:
+    for option, path, suffix in (("--out", out, ".png"), ("--html", page, ".html")):
+        if path is None:
+            continue
+        if path.suffix.lower() != suffix:
+            raise typer.BadParameter(f"{path}: expected the ending {suffix}", param_hint=option)
+        if path.resolve() in (image.resolve(), weights.resolve()):
+            raise typer.BadParameter(f"{path}: is what is read", param_hint=option)
+        if not path.absolute().parent.is_dir():
+            raise CommandError(f"{option} {path}: the folder {path.parent} does not exist")
+
+
+def _run(image: Path, weights: Path, out: Path | None, page: Path | None, size: int | None) -> dict[str, Any]:
+    import torch
+
+    from mobileformer.data import ImageError, load_image
+    from mobileformer.visualize import PATH, attention_maps, draw_attention, write_page
+
+    metadata = open_metadata(weights)
+    view = input_view(metadata, weights, size)
+    try:
+        array = load_image(image, **asdict(view))
+    except ImageError as error:
+        raise CommandError(str(error)) from error
+    model = open_model(weights)
+    x = torch.from_numpy(array)[None]
+    blocks = attention_maps(model, x)
+    if not all(bool(torch.isfinite(block.mobile_to_former).all()) for block in blocks):
+        raise CommandError(f"{weights}: its attention is not finite, so there is nothing to draw")
+    predictions = _predictions(model, x, metadata)
+    told = {
+        "title": f"Where Mobile-Former {metadata.variant} looks",
+        "notes": [
+            f"{image.name}, {view.size} × {view.size} pixels; weights {weights.name}",
+            _sentence(predictions),
+            "Attention from the reference path in plain PyTorch; the fused kernels never hold it.",
+        ],
+    }
+    photo = _photo(array, view)
+    try:
+        if out is not None:
+            draw_attention(blocks, photo, out, **told)
+        if page is not None:
+            write_page(blocks, photo, page, **told)
+    except (ImportError, OSError) as error:
+        raise CommandError(str(error)) from error
+    return {
+        "image": str(image),
+        "weights": str(weights),
+        "variant": metadata.variant,
+        "size": view.size,
+        "crop_fraction": view.crop_fraction,
+        "path": PATH,
+        "png": None if out is None else str(out),
+        "html": None if page is None else str(page),
+        "predictions": predictions,
+        "blocks": [_described(block) for block in blocks],
+    }
+
+
+def _predictions(model: Model, x: Any, metadata: Metadata) -> list[dict[str, Any]]:
+    import torch
+
+    with torch.inference_mode():
+        top = model(x)[0].double().softmax(0).topk(min(3, metadata.num_classes))
+    names = metadata.labels
+    return [
+        {"class": index, "label": names[index] if names else None, "probability": probability}
+        for index, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+def _sentence(predictions: list[dict[str, Any]]) -> str:
+    named = (row["label"] or f"class {row['class']}" for row in predictions)
+    shares = (f"{100 * row['probability']:.1f} %" for row in predictions)
+    return "Taken for: " + ", ".join(f"{name} {share}" for name, share in zip(named, shares, strict=True))
+
+
+def _photo(array: np.ndarray, view: InputView) -> np.ndarray:
+    """The input before it was normalised: (C,H,W) -> (H,W,3) uint8."""
+    import numpy as np
+
+    pixels = array.transpose(1, 2, 0) * np.asarray(view.std) + np.asarray(view.mean)
+    image = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+    return image if image.shape[2] == 3 else image.repeat(3, axis=2)
+
+
+def _described(block: BlockAttention) -> dict[str, Any]:
+    """Of one block, what can be said in numbers.
+
+    mobile_to_former_spread: of each head and token, e to the entropy of its weights, over the number of positions; 1 is
+    an even look at everything. former_to_mobile_share: of each head and token, the mean weight over the positions.
+    """
+    import torch
+
+    from mobileformer.visualize import token_similarity
+
+    weights = block.mobile_to_former[0].double().flatten(2)
+    spread = torch.special.entr(weights).sum(dim=2).exp() / weights.shape[2]
+    out_of = block.former_to_mobile
+    return {
+        "name": block.name,
+        "kind": block.kind,
+        "reads": list(block.mobile_to_former.shape[3:]),
+        "writes": None if out_of is None else list(out_of.shape[3:]),
+        "mobile_to_former_spread": spread.tolist(),
+        "former_to_mobile_share": None if out_of is None else out_of[0].double().mean(dim=(2, 3)).tolist(),
+        "token_similarity": token_similarity(block.tokens)[0].double().tolist(),
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    print_table(
+        f"Attention of Mobile-Former {report['variant']}, {report['image']}",
+        ("block", "kind", "reads", "writes", "looks at, share of the map", "largest share of a token", "tokens alike"),
+        [
+            (
+                block["name"],
+                block["kind"],
+                " × ".join(map(str, block["reads"])),
+                " × ".join(map(str, block["writes"])) if block["writes"] else "",
+                _range(value for head in block["mobile_to_former_spread"] for value in head),
+                f"{max(map(max, block['former_to_mobile_share'])):.2f}" if block["former_to_mobile_share"] else "",
+                _range(
+                    value
+                    for row, values in enumerate(block["token_similarity"])
+                    for column, value in enumerate(values)
+                    if column != row
+                ),
+            )
+            for block in report["blocks"]
+        ],
+        caption=f"{_sentence(report['predictions'])}.\n"
+        "looks at: e to the entropy of a token's weights over the positions there are; alike: cosine between tokens.",
+    )
+    note(f"attention: {report['path']}")
+    for kind in ("png", "html"):
+        if report[kind] is not None:
+            note(f"{report[kind]}: written")
+
+
+def _range(values: Any) -> str:
+    values = list(values)
+    return f"{min(values):.2f} to {max(values):.2f}" if values else ""
