@@ -54,7 +54,8 @@ def test_names() -> None:
 
 def test_overrides_and_round_trip(tmp_path: Path) -> None:
     recipe = read_recipe(
-        "52m", ["epochs=7", "learning_rate=2e-3", "sizes=[[0, 64], [0.5, 96]]", "randaugment=m9-mstd0.5", "compile=true"]
+        "52m",
+        ["epochs=7", "learning_rate=2e-3", "sizes=[[0, 64], [0.5, 96]]", "randaugment=m9-mstd0.5", "compile=true"],
     )
     assert (recipe.epochs, recipe.learning_rate, recipe.randaugment, recipe.compile) == (7, 2e-3, "m9-mstd0.5", True)
     assert recipe == read_recipe("52m", {key: getattr(recipe, key) for key in ("epochs", "learning_rate", "sizes",
@@ -67,8 +68,8 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
 def test_size_by_epoch() -> None:
     recipe = read_recipe("fashion-mnist", {"epochs": 10, "sizes": [[0, 64], [0.7, 96]]})
     assert [recipe.size_at(epoch) for epoch in range(10)] == [64] * 7 + [96] * 3
-    assert recipe.size_at_end == 96
-    assert dataclasses.replace(recipe, evaluation_size=128).size_at_end == 128
+    assert [recipe.evaluation_size_after(epochs) for epochs in (7, 8, 10)] == [64, 96, 96]
+    assert dataclasses.replace(recipe, evaluation_size=128).evaluation_size_after(1) == 128
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_wrong_values_are_named(key: str, value: Any) -> None:
 
 
 def test_wrong_files(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="expected one of .*fashion-mnist.*got 'fashion'"):
+    with pytest.raises(RecipeError, match=r"expected one of .*fashion-mnist.*got 'fashion'"):
         read_recipe("fashion")
     with pytest.raises(RecipeError, match="learning_rates: no such key"):
         read_recipe("294m", ["learning_rates=1"])

@@ -1,43 +1,109 @@
-"""`mobileformer demo`: a photo through the fused and the plain path, side by side."""
+"""`mobileformer demo`: real images through the shipped weights; a photo through the fused and the plain path."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mobileformer.cli.bench import photo_tensor, show_rows
-from mobileformer.cli.output import JsonOption, check_variant, command, machine_line, print_json, progress
+from mobileformer.cli.output import (
+    CommandError,
+    JsonOption,
+    check_variant,
+    command,
+    machine_line,
+    note,
+    print_json,
+    print_table,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from mobileformer.cli.contact_sheet import Entry
 
 __all__ = ["demo"]
 
 SAYS = """\
-Weights: random, from a fixed seed, because no trained weights come with this package. So there are no class
-names here: the logits mean nothing, but every path must compute the same ones.
-For answers: mobileformer predict --help"""
+Weights: random, from a fixed seed, since none for ImageNet come with this package. The logits mean nothing
+here, but every path must compute the same ones, and in as little time as it can."""
 
 
 def demo(
-    image: Annotated[Path | None, typer.Argument(metavar="IMAGE", help="A photo; else the cat in the package.")] = None,
-    variant: Annotated[str, typer.Option(callback=check_variant, help="26m ... 508m.")] = "294m",
+    image: Annotated[
+        Path | None, typer.Argument(metavar="IMAGE", help="A photo to time the paths on; else the cat in the package.")
+    ] = None,
+    variant: Annotated[str, typer.Option(callback=check_variant, help="What is timed: 26m ... 508m.")] = "294m",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; every path runs once in each.")] = 20,
+    sheet: Annotated[Path, typer.Option(metavar="PNG", help="Where the contact sheet goes.")] = Path("demo.png"),
     as_json: JsonOption = False,
 ) -> None:
-    """Run a photo through the plain and the fused paths: do they agree, which kernels ran, how long?"""
+    """Classify a dozen real test images with the weights in the package, then time the plain and the fused paths."""
     with command(as_json):
-        report = _run(image, variant, threads, repeats)
+        classified = _classify(sheet)
+        if not as_json:
+            _show_classes(classified, sheet)
+        report = {"classified": classified, "contact_sheet": str(sheet), **_race(image, variant, threads, repeats)}
         if as_json:
             print_json(report)
         else:
-            _show(report)
+            _show_race(report)
         rows = report["contenders"] + report["contenders_float64"]
         if any(row["error"] for row in rows):
             raise typer.Exit(1)
 
 
-def _run(image: Path | None, variant: str, threads: int, repeats: int) -> dict[str, Any]:
+def _classify(sheet: Path) -> list[dict[str, Any]]:
+    """What the shipped weights make of the sample images, fused; and the sheet that shows it."""
+    import numpy as np
+    import torch
+
+    from mobileformer.cli.contact_sheet import Entry, draw_contact_sheet
+    from mobileformer.cli.weights import input_view, open_metadata, open_model
+    from mobileformer.data import preprocess
+    from mobileformer.pretrained import sample_images, shipped_weights
+
+    weights = shipped_weights()
+    metadata = open_metadata(weights)
+    view = input_view(metadata, weights, None)
+    samples = sample_images()
+    x = np.stack([
+        preprocess(picture, size=view.size, mean=view.mean, std=view.std, crop_fraction=view.crop_fraction)
+        for picture, _ in samples
+    ])  # fmt: skip
+    with torch.inference_mode():
+        best = open_model(weights)(torch.from_numpy(x)).softmax(1).max(1)
+    names: tuple[str, ...] = metadata.labels or ()
+    entries = [
+        Entry(picture, truth, names[index], probability)
+        for (picture, truth), index, probability in zip(
+            samples, best.indices.tolist(), best.values.tolist(), strict=True
+        )
+    ]
+    try:
+        draw_contact_sheet(entries, f"Mobile-Former {metadata.variant} on images of Fashion-MNIST's test set", sheet)
+    except OSError as error:
+        raise CommandError(f"--sheet: {error}") from error
+    return [_row(entry) for entry in entries]
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    return {"truth": entry.truth, "prediction": entry.guess, "probability": entry.probability}
+
+
+def _show_classes(classified: list[dict[str, Any]], sheet: Path) -> None:
+    right = sum(row["truth"] == row["prediction"] for row in classified)
+    print_table(
+        f"Fashion-MNIST, first images of the test set: {right} of {len(classified)} right",
+        ("it is", "52m says", "probability"),
+        [(row["truth"], row["prediction"], f"{100 * row['probability']:.1f} %") for row in classified],
+    )
+    note(f"written: {sheet}")
+
+
+def _race(image: Path | None, variant: str, threads: int, repeats: int) -> dict[str, Any]:
     import torch
 
     from mobileformer.cli.contenders import EAGER, Trial
@@ -67,8 +133,8 @@ def _run(image: Path | None, variant: str, threads: int, repeats: int) -> dict[s
     }
 
 
-def _show(report: dict[str, Any]) -> None:
-    typer.echo(f"{report['image']}, 224 x 224, through Mobile-Former {report['variant']}, batch 1.\n{SAYS}\n")
+def _show_race(report: dict[str, Any]) -> None:
+    typer.echo(f"\n{report['image']}, 224 x 224, through Mobile-Former {report['variant']}, batch 1.\n{SAYS}\n")
     double = ", ".join(
         f"{row['name']} {row['logit_difference']:.1e}"
         for row in report["contenders_float64"]

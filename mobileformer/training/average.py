@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from mobileformer.training.world import World
 
 __all__ = ["Average", "estimate_statistics"]
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class Average:
+
+class Average(Generic[Network]):
     """average += (1 - decay) (parameters - average) after every update, with a shorter memory at the start.
 
     Parameters only. Running statistics belong to the parameters that made them: averaged beside them they fit
@@ -22,14 +25,15 @@ class Average:
     min(decay, (1 + t) / (10 + t)), or the random initialisation would stay in the average for long.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Network, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
         weight = 1 - min(self.decay, (1 + updates) / (10 + updates))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
+        for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
+            mine.lerp_(theirs, weight)
 
 
 @torch.no_grad()

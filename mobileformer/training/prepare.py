@@ -78,8 +78,8 @@ def training_transform(recipe: Recipe, mean: Sequence[float], std: Sequence[floa
         mean,
         std,
         crop=recipe.crop,
-        scale=tuple(recipe.crop_scale),
-        ratio=tuple(recipe.crop_ratio),
+        scale=(recipe.crop_scale[0], recipe.crop_scale[1]),
+        ratio=(recipe.crop_ratio[0], recipe.crop_ratio[1]),
         shift=recipe.shift,
         flip=recipe.flip,
         interpolation=recipe.interpolation,
@@ -89,6 +89,6 @@ def training_transform(recipe: Recipe, mean: Sequence[float], std: Sequence[floa
     )
 
 
-def evaluation_transform(recipe: Recipe, mean: Sequence[float], std: Sequence[float]) -> EvaluationTransform:
-    """What a validation image goes through."""
-    return EvaluationTransform(recipe.size_at_end, mean, std, crop_fraction=recipe.crop_fraction)
+def evaluation_transform(recipe: Recipe, mean: Sequence[float], std: Sequence[float], size: int) -> EvaluationTransform:
+    """What a validation image goes through at this side."""
+    return EvaluationTransform(size, mean, std, crop_fraction=recipe.crop_fraction)

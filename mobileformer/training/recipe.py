@@ -51,7 +51,7 @@ class Recipe:
     erase, erase_mode       probability of one erased box; filled by "pixel" noise or a "constant" zero
     mean, std               one number a channel, of pixels in [0, 1]; [] is ImageNet's for 3 channels, and for
                             other counts is measured on the training images
-    evaluation_size         side in pixels; 0 is the last of `sizes`
+    evaluation_size         side in pixels; 0 is the one trained at: a network is poor at another size
     crop_fraction           the centre crop's share of the resized short side
     evaluate_every          epochs between two looks at the validation split; the last is always looked at
     freeze                  "" or "features": only the classifier is trained, BatchNorm elsewhere stays as it is
@@ -148,10 +148,9 @@ class Recipe:
         """Epochs on the cosine and after it."""
         return self.epochs + self.cooldown_epochs
 
-    @property
-    def size_at_end(self) -> int:
-        """Side of the image the network is evaluated at, in pixels."""
-        return self.evaluation_size or int(self.sizes[-1][1])
+    def evaluation_size_after(self, epochs: int) -> int:
+        """Side of the image the network is evaluated at after so many epochs, in pixels."""
+        return self.evaluation_size or self.size_at(epochs - 1)
 
     def size_at(self, epoch: int) -> int:
         """Side of a training image in this epoch, in pixels."""

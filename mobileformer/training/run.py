@@ -241,7 +241,7 @@ class _Run:
     @torch.no_grad()
     def _accuracy(self, model: Model) -> tuple[float, float, float]:
         """Top-1 and top-5 in per cent, and the mean loss in nats, over the whole validation split."""
-        transform = evaluation_transform(self.recipe, self.mean, self.std)
+        transform = evaluation_transform(self.recipe, self.mean, self.std, self._evaluation_size())
         first = fifth = loss = images = 0.0
         for batch in evaluation_batches(
             self.validation, transform, batch_size=self.recipe.micro_batch, rank=self.world.rank,
@@ -301,9 +301,12 @@ class _Run:
             labels=getattr(self.training, "classes", None),
             mean=self.mean,
             std=self.std,
-            input_size=self.recipe.size_at_end,
+            input_size=self._evaluation_size(),
             crop_fraction=self.recipe.crop_fraction,
         )
+
+    def _evaluation_size(self) -> int:
+        return self.recipe.evaluation_size_after(self.progress.epoch)
 
     def _result(self) -> dict[str, Any]:
         progress = self.progress

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Update:
         if world.size > 1:
             # Running statistics are averaged where they are used, once an epoch, and not sent around in between.
             newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-            no_buffers = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+            no_buffers: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
             runner = DistributedDataParallel(runner, gradient_as_bucket_view=True, **no_buffers)
         self.runner = runner
 
