@@ -75,9 +75,9 @@ def _classify(sheet: Path) -> list[dict[str, Any]]:
     ])  # fmt: skip
     with torch.inference_mode():
         best = open_model(weights)(torch.from_numpy(x)).softmax(1).max(1)
-    names: tuple[str, ...] = metadata.labels or ()
+    names = list(metadata.labels or ())
     entries = [
-        Entry(picture, truth, names[index], probability)
+        Entry(picture, truth, names[int(index)], probability)
         for (picture, truth), index, probability in zip(
             samples, best.indices.tolist(), best.values.tolist(), strict=True
         )
