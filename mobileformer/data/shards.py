@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -49,8 +49,8 @@ class Encoded:
 class ShardSource:
     """One split of a set of shards. It has no `__getitem__`: `training_batches` and `evaluation_batches` know that.
 
-    Which split a shard belongs to says its name, or else the name of its folder: train-0000.tar, val/0000.tar,
-    imagenet-validation-00.tar.
+    Which split a shard belongs to says a word in its name, or else the name of its folder: train-0000.tar,
+    imagenet-validation-00.tar, val/0000.tar.
 
     classes: names of the classes; None takes the lines of a file classes.txt beside the shards (or one folder up),
     or else "0", "1", ... up to the largest label in the shards of both splits. channels: 3 unless given. samples:
@@ -169,9 +169,8 @@ def _webdataset() -> Any:
 
 
 def _split_of(shard: Path) -> Split | None:
-    for name in (shard.name, shard.parent.name):
-        words = set(re.split("[^a-z]+", name.lower()))
-        found: list[Split] = [split for split, names in SPLIT_FOLDERS.items() if words & set(names)]
+    for words in (re.split("[^a-z]+", shard.name.lower()), [shard.parent.name.lower()]):
+        found: list[Split] = [split for split, names in SPLIT_FOLDERS.items() if set(words) & set(names)]
         if len(found) == 1:
             return found[0]
     return None
@@ -194,11 +193,21 @@ def _read_shards(shards: Iterable[dict[str, str]]) -> Iterator[Encoded]:
         path = shard["url"]
         try:
             with open(path, "rb") as stream:
-                for sample in group_by_keys(tar_file_expander([{"url": path, "stream": stream}])):
+                for sample in group_by_keys(tar_file_expander([{"url": path, "stream": _whole(stream)}])):
                     image = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
                     yield Encoded(f"{path}: {sample['__key__']}", image, sample.get(LABEL))
         except DAMAGES as error:
             raise DataError(f"{path}: cannot be read, cut off or damaged: {error.args[0]}") from error
+
+
+def _whole(stream: BinaryIO) -> BinaryIO:
+    """The stream; or tarfile.ReadError, where it does not end as an archive: tarfile takes a cut one for whole."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - tarfile.BLOCKSIZE))
+    if stream.read() != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("no block of zeros at its end")
+    stream.seek(0)
+    return stream
 
 
 def _count(shard: Path) -> tuple[int, int]:
@@ -207,7 +216,7 @@ def _count(shard: Path) -> tuple[int, int]:
 
     samples, largest, last = 0, -1, None
     try:
-        with tarfile.open(shard) as archive:
+        with open(shard, "rb") as stream, tarfile.open(fileobj=_whole(stream), mode="r:") as archive:
             for member in archive:
                 key, suffix = base_plus_ext(member.name)
                 if not member.isreg() or key is None or suffix is None or re.match(META, member.name):

@@ -1,0 +1,186 @@
+"""Batches are the same for any number of workers and processes and after any restart; what is broken is named."""
+
+from __future__ import annotations
+
+import signal
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from data_support import Numbers
+
+from mobileformer.data import (
+    ArraySource,
+    Batch,
+    DataError,
+    EvaluationTransform,
+    TrainTransform,
+    evaluation_batches,
+    steps_per_epoch,
+    training_batches,
+)
+
+TRAINING = TrainTransform(6, [0.0], [1.0], crop="shift", shift=1, erase=0.5)
+WHOLE = EvaluationTransform(4, [0.0], [1.0], crop_fraction=1.0)
+
+
+def equal(one: list[Batch], other: list[Batch]) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and torch.equal(a.index, b.index) and a.broken == b.broken
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def epoch(source: object, **options: object) -> list[Batch]:
+    given = {"batch_size": 4, "slots": 2, "epoch": 0, "seed": 5, **options}
+    return list(training_batches(source, TRAINING, **given))  # type: ignore[arg-type]
+
+
+def test_batches_follow_the_permutation() -> None:
+    batches = epoch(Numbers(50))
+    assert steps_per_epoch(Numbers(50), batch_size=4, slots=2) == 6
+    assert len(batches) == 12
+    order = np.random.default_rng((5, 0, 0, 1)).permutation(50)
+    assert torch.cat([batch.index for batch in batches]).tolist() == order[:48].tolist()
+    for batch in batches:
+        assert (batch.x.shape, batch.x.dtype) == ((4, 1, 6, 6), torch.float32)
+        assert (batch.y.dtype, batch.index.dtype, batch.broken) == (torch.int64, torch.int64, ())
+        assert torch.equal(batch.y, batch.index % 10)
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone() -> None:
+    source = Numbers(50)
+    few, many = epoch(source), epoch(source, batch_size=3, slots=1)
+
+    def pictures(batches: list[Batch]) -> dict[int, bytes]:
+        return {
+            int(index): x.numpy().tobytes() for batch in batches for x, index in zip(batch.x, batch.index, strict=True)
+        }
+
+    one, other = pictures(few), pictures(many)
+    shared = one.keys() & other.keys()
+    assert len(shared) >= 45
+    assert all(one[index] == other[index] for index in shared)
+    for index in sorted(shared)[:5]:
+        rng = np.random.default_rng((5, 0, index))
+        assert TRAINING(source[index][0], rng).tobytes() == one[index]
+
+
+def test_epochs_and_seeds_differ() -> None:
+    orders = [
+        torch.cat([batch.index for batch in epoch(Numbers(50), epoch=number, seed=seed)]).tolist()
+        for number, seed in ((0, 5), (1, 5), (0, 6))
+    ]
+    assert len(set(map(tuple, orders))) == 3
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_the_slots_of_one(world: int) -> None:
+    alone = epoch(Numbers(70), slots=4)
+    ranks = [epoch(Numbers(70), slots=4, rank=rank, world=world) for rank in range(world)]
+    share = 4 // world
+    together = [
+        ranks[slot % world][step * share + slot // world] for step in range(len(alone) // 4) for slot in range(4)
+    ]
+    assert equal(alone, together)
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 6])
+def test_a_restart_goes_on(start: int) -> None:
+    assert equal(epoch(Numbers(50), start=start), epoch(Numbers(50))[2 * start :])
+
+
+def test_broken_images_are_left_out_and_named() -> None:
+    whole = epoch(Numbers(50))
+    first = whole[0].index.tolist()
+    batches = epoch(Numbers(50, broken=frozenset([first[1], first[2]])))
+    assert batches[0].broken == tuple(f"image {index}: broken" for index in first[1:3])
+    assert batches[0].index.tolist() == [first[0], first[3]]
+    assert torch.equal(batches[0].x, whole[0].x[[0, 3]])
+    assert batches[0].y.tolist() == [first[0] % 10, first[3] % 10]
+    assert equal(batches[1:], whole[1:])
+
+
+def test_a_batch_of_broken_images_is_empty() -> None:
+    batches = epoch(Numbers(8, broken=frozenset(range(8))))
+    assert [batch.x.shape for batch in batches] == [(0, 1, 6, 6)] * 2
+    assert [len(batch.broken) for batch in batches] == [4, 4]
+    assert (batches[0].y.dtype, batches[0].y.shape) == (torch.int64, (0,))
+
+
+def test_other_errors_are_not_swallowed() -> None:
+    class Faulty(Numbers):
+        def __getitem__(self, index: int) -> tuple[object, int]:
+            raise DataError(f"image {index}: another shape")
+
+    with pytest.raises(DataError, match="another shape"):
+        next(iter(training_batches(Faulty(8), TRAINING, batch_size=4, slots=1, epoch=0, seed=0)))
+
+
+def test_workers_change_nothing() -> None:
+    source = Numbers(50, broken=frozenset([7]))
+    assert equal(epoch(source, workers=2, start=1), epoch(source, start=1))
+    options = {"batch_size": 8, "rank": 1, "world": 2}
+    here = list(evaluation_batches(source, WHOLE, **options))
+    assert equal(list(evaluation_batches(source, WHOLE, workers=1, **options)), here)
+
+
+class Asking(Numbers):
+    """The label tells whether the process that loads ignores Ctrl-C."""
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        return super().__getitem__(index)[0], int(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+
+
+def test_workers_ignore_the_terminal() -> None:
+    (batch,) = evaluation_batches(Asking(3), WHOLE, batch_size=3, workers=1)
+    assert batch.y.tolist() == [1, 1, 1]
+
+
+def test_evaluation_reads_everything_once_in_order() -> None:
+    source = Numbers(53, broken=frozenset([20]))
+    for batch_size in (1, 7, 100):
+        batches = list(evaluation_batches(source, WHOLE, batch_size=batch_size))
+        assert torch.cat([batch.index for batch in batches]).tolist() == [k for k in range(53) if k != 20]
+        pixels = torch.cat([batch.x for batch in batches])[:, 0, 0, 0]
+        assert torch.equal((pixels * 255).round().long(), torch.cat([batch.index for batch in batches]))
+        assert [message for batch in batches for message in batch.broken] == ["image 20: broken"]
+
+
+@pytest.mark.parametrize(("length", "world"), [(53, 4), (3, 5), (0, 2)])
+def test_evaluation_is_shared_without_overlap(length: int, world: int) -> None:
+    parts = [
+        [index for batch in evaluation_batches(Numbers(length), WHOLE, batch_size=7, rank=rank, world=world)
+         for index in batch.index.tolist()]
+        for rank in range(world)
+    ]  # fmt: skip
+    assert sorted(chain(*parts)) == list(range(length))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"slots": 3, "world": 2}, "slots: expected a multiple of the 2 processes, got 3"),
+        ({"slots": 0}, "slots: expected a multiple"),
+        ({"rank": 2, "world": 2}, "rank: expected 0 to 1 of 2 processes, got 2"),
+        ({"workers": -1}, "workers: expected 0 or more"),
+        ({"epoch": -1}, "epoch and seed: expected 0 or more, got -1 and 5"),
+        ({"start": 7}, "start: expected 0 to 6 steps, got 7"),
+        ({"batch_size": 26}, "50 samples are too few: one step takes 2 x 26"),
+    ],
+)
+def test_training_batches_refuses(options: dict[str, int], message: str) -> None:
+    given = {"batch_size": 4, "slots": 2, "epoch": 0, "seed": 5, **options}
+    with pytest.raises(ValueError, match=message):
+        training_batches(Numbers(50), TRAINING, **given)  # before the first batch is asked for
+
+
+def test_channels_of_images_and_transform_have_to_agree() -> None:
+    colour = ArraySource(np.zeros((4, 4, 4, 3), np.uint8), [0] * 4, ("a",))
+    for batches in (training_batches, evaluation_batches):
+        options = {"slots": 1, "epoch": 0, "seed": 0} if batches is training_batches else {}
+        with pytest.raises(ValueError, match="transform: its result has 1 channels, the images have 3"):
+            batches(colour, WHOLE, batch_size=2, **options)
