@@ -20,6 +20,7 @@ from mobileformer.data import (
     steps_per_epoch,
     training_batches,
 )
+from mobileformer.data.sources import some_images
 
 TRAINING = TrainTransform(6, [0.0], [1.0], crop="shift", shift=1, erase=0.5)
 WHOLE = EvaluationTransform(4, [0.0], [1.0], crop_fraction=1.0)
@@ -157,6 +158,12 @@ def test_evaluation_is_shared_without_overlap(length: int, world: int) -> None:
     ]  # fmt: skip
     assert sorted(chain(*parts)) == list(range(length))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_some_images_are_spread_over_the_set() -> None:
+    images = some_images(Numbers(101, broken=frozenset([50])), 5)
+    assert [image.getpixel((0, 0)) for image in images] == [0, 25, 75, 100]
+    assert len(list(some_images(Numbers(3), 5))) == 3
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from mobileformer.data import (
     steps_per_epoch,
     training_batches,
 )
+from mobileformer.data.sources import some_images
 
 pytest.importorskip("webdataset")
 
@@ -202,6 +203,11 @@ def test_a_restart_goes_on_with_workers(shards: Path) -> None:
     assert equal(epoch(source, start=1, **options), whole[3:])  # an odd number of batches: the workers swap streams
     batches = list(evaluation_batches(source, WHOLE, batch_size=4, workers=2))
     assert sorted(torch.cat([batch.index for batch in batches]).tolist()) == list(range(30))
+
+
+def test_some_images_of_shards(shards: Path) -> None:
+    assert len(list(some_images(ShardSource(shards, "train"), 12))) == 12
+    assert len(list(some_images(ShardSource(shards, "val", samples=5), 12))) == 5
 
 
 # What is broken

@@ -7,6 +7,8 @@ import importlib.util
 import io
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +189,18 @@ def test_open_source_says_what_it_looked_for(tmp_path: Path) -> None:
         open_source(tmp_path, "test")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="channels: an image has 1 or 3 of them, got 4"):
         open_source(tmp_path, "train", channels=4)
+
+
+def test_reading_data_needs_no_torch(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    code = (
+        "import sys; from mobileformer.data import EvaluationTransform, TrainTransform, open_source;"
+        "image = open_source(sys.argv[1], 'train')[0][0];"
+        "EvaluationTransform(8, [0.5], [0.5])(image, None);"
+        "print([name for name in ('torch', 'timm', 'torchvision', 'webdataset') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 # Arrays and objects of others

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from mobileformer.data.image import ImageError
 from mobileformer.data.mnist import MNIST_5K, mnist_5k_source
 from mobileformer.data.shards import ShardSource, find_shards
 
-__all__ = ["AdoptedSource", "adopt_source", "open_source"]
+__all__ = ["AdoptedSource", "adopt_source", "open_source", "some_images"]
 
 OWN = (ArraySource, FolderSource, ShardSource)
 GREY_MODES = {"1", "L", "LA", "La", "I", "F"}
@@ -81,6 +84,19 @@ def adopt_source(
     if isinstance(obj, ShardSource):
         raise ValueError("classes and channels: shards take them when they are opened, see ShardSource")
     return AdoptedSource(obj, classes=classes, channels=channels)
+
+
+def some_images(source: Source | ShardSource, count: int) -> Iterator[Image.Image]:
+    """At most `count` images, evenly spaced over the set; of shards the first of a stream. Broken ones are left out."""
+    if isinstance(source, ShardSource):
+        samples = islice(source.stream((0,)), min(count, len(source)))
+        readers = (partial(source.decode, sample) for sample in samples)
+    else:
+        chosen = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+        readers = (partial(source.__getitem__, int(index)) for index in chosen)
+    for read in readers:
+        with contextlib.suppress(ImageError):
+            yield read()[0]
 
 
 class AdoptedSource:

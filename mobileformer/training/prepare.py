@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD
+from mobileformer.data.sources import some_images
 from mobileformer.data.transforms import EvaluationTransform, TrainTransform
 from mobileformer.model import Model
 from mobileformer.training.recipe import Recipe
@@ -66,8 +67,10 @@ def normalisation(recipe: Recipe, source: Any) -> tuple[tuple[float, ...], tuple
         return tuple(recipe.mean), tuple(recipe.std)
     if source.channels == len(IMAGENET_MEAN):
         return IMAGENET_MEAN, IMAGENET_STD
-    chosen = np.linspace(0, len(source) - 1, min(len(source), _MEASURED_IMAGES)).astype(int)
-    pixels = np.concatenate([np.asarray(source[int(index)][0], dtype=np.float64).ravel() for index in chosen]) / 255
+    images = [np.asarray(image, dtype=np.float64).ravel() for image in some_images(source, _MEASURED_IMAGES)]
+    if not images:
+        raise TrainingError(f"mean: cannot be measured, none of {_MEASURED_IMAGES} training images could be read")
+    pixels = np.concatenate(images) / 255
     return (round(float(pixels.mean()), 4),), (round(float(pixels.std()), 4),)
 
 
