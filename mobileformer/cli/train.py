@@ -97,5 +97,5 @@ def _train(
         if os.environ.get("RANK", "0") == "0":
             note(str(stopped))
         raise typer.Exit(128 + stopped.number) from None
-    except (TrainingError, OSError, ValueError) as error:
+    except (TrainingError, ImportError, OSError, ValueError) as error:
         raise CommandError(str(error)) from error
