@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from mobileformer.cli import bench, convert, demo, export, info, predict, train, visualize
+from mobileformer.cli import bench, convert, demo, evaluate, export, info, predict, train, visualize
 
 __all__ = ["app", "main"]
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("info")(info.info)
 app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("visualize")(visualize.visualize)
 app.command("bench")(bench.bench)

@@ -6,6 +6,7 @@ Several hundred axes would take matplotlib minutes; one axes with one image take
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from mobileformer.files import replacing
 
-__all__ = ["Canvas"]
+__all__ = ["Canvas", "new_figure", "save_figure"]
 
 PAPER, INK, FAINT = (255, 255, 255), "#1f2933", "#616e7c"
 DPI = 100
@@ -38,21 +39,29 @@ class Canvas:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a PNG, whole or not at all. Raises ImportError where matplotlib is missing."""
-        figure = self._figure()
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=DPI)
-
-    def _figure(self) -> Any:
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("matplotlib: not installed; pip install 'mobileformer[plot]' brings it") from error
         height, width = self.pixels.shape[:2]
-        figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-        FigureCanvasAgg(figure)
+        figure = new_figure(figsize=(width / DPI, height / DPI), dpi=DPI)
         figure.figimage(self.pixels, origin="upper")
         for x, y, text, style in self._texts:
             # parse_math: a class or a file may have two dollar signs in its name.
             figure.text(x / width, 1 - y / height, text, family="DejaVu Sans", parse_math=False, **style)
-        return figure
+        save_figure(figure, path)
+
+
+def new_figure(**arguments: Any) -> Any:
+    """A matplotlib figure that no window and no other figure knows of. Raises ImportError that names the extra."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("matplotlib: not installed; pip install 'mobileformer[plot]' brings it") from error
+    figure = Figure(**arguments)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """As a PNG, whole or not at all. A name in letters that the font lacks is drawn as boxes, without a warning."""
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,334 @@
+"""`mobileformer evaluate`: accuracy on a split of a data set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mobileformer.cli.output import (
+    CommandError,
+    JsonOption,
+    check_device,
+    command,
+    note,
+    print_json,
+    print_table,
+    progress,
+)
+from mobileformer.cli.weights import HOW_TO_GET_WEIGHTS, SizeOption, input_view, open_model, read_labels
+
+if TYPE_CHECKING:
+    from mobileformer import Metadata
+    from mobileformer.evaluation import Report, Score
+
+__all__ = ["evaluate"]
+
+COMPARED = ("plain", "fused", "engine")
+# Of the largest logit, by path; beyond it a path computes something else. Rounding stays far below.
+BOUNDS = {"fused": 1e-3, "engine": 1e-3}
+MOST = 10  # mistakes and broken images that are shown; --json has all
+
+
+def evaluate(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Image folder, folder of IDX files, or shards, as for train.")
+    ],
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights, ours, published or folded.")] = None,
+    split: Annotated[Literal["train", "val"], typer.Option(help="Which images.")] = "val",
+    batch: Annotated[int, typer.Option(min=1, help="Images in one call of the network.")] = 64,
+    size: SizeOption = None,
+    path: Annotated[
+        Literal["fused", "plain", "engine", "engine-bf16"] | None,
+        typer.Option(help="What computes: fused operators, plain PyTorch, the inference engine.", show_default="fused"),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run plain, fused and engine on the same batches: do they agree?")
+    ] = False,
+    confusion: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw the confusion matrix.")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Names of the weights' classes in order, in place of the file's own."),
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where fused and plain run.")] = "cpu",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else PyTorch's choice.")] = None,
+    max_broken: Annotated[int, typer.Option(min=0, help="Unreadable images before it ends.")] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure top-1 and top-5 accuracy, by class too, on a split of a data set.
+
+    Images are counted, nothing is averaged over batches, so the batch size decides speed alone. Size and crop are those
+    that the weights were trained for. The data's classes are matched with the weights' by name.
+
+    With --compare the exit code is 1 where the paths differ by more than rounding.
+    """
+    with command(as_json):
+        if weights is None:
+            raise CommandError(HOW_TO_GET_WEIGHTS)
+        if compare and path is not None:
+            raise typer.BadParameter("--compare runs all of them", param_hint="--path")
+        if confusion is not None and confusion.suffix.lower() != ".png":
+            raise typer.BadParameter(f"{confusion}: expected the ending .png", param_hint="--confusion")
+        check_device(device)
+        report = _run(
+            data, weights, split=split, batch=batch, size=size, paths=COMPARED if compare else (path or "",),
+            confusion=confusion, labels=labels, device=device, workers=workers, threads=threads, max_broken=max_broken,
+        )  # fmt: skip
+        if as_json:
+            print_json(report)
+        else:
+            _show(report)
+        apart = [row for row in report["agreement"] if row["relative_difference"] > BOUNDS[row["path"]]]
+        for row in apart:
+            note(
+                f"error: {row['path']}: logits are off by {row['relative_difference']:.1e} of the largest one, "
+                f"more than {BOUNDS[row['path']]:g}"
+            )
+        if apart:
+            raise typer.Exit(1)
+
+
+def _run(
+    data: str, weights: Path, *, split: Literal["train", "val"], batch: int, size: int | None,
+    paths: tuple[str, ...], confusion: Path | None, labels: Path | None, device: str, workers: int,
+    threads: int | None, max_broken: int,
+) -> dict[str, Any]:  # fmt: skip
+    import torch
+
+    from mobileformer.data import DataError, EvaluationTransform, evaluation_batches, open_source
+    from mobileformer.evaluation import EvaluationError, order_of_classes
+    from mobileformer.evaluation import evaluate as run
+    from mobileformer.inference.threads import thread_count
+
+    metadata, networks = _open(weights, paths, device, threads or torch.get_num_threads())
+    view = input_view(metadata, weights, size)
+    names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels
+    try:
+        source = open_source(data, split, channels=metadata.in_chans)
+        order = order_of_classes(source.classes, names, metadata.num_classes)
+        transform = EvaluationTransform(view.size, view.mean, view.std, crop_fraction=view.crop_fraction)
+        loaded = evaluation_batches(source, transform, batch_size=batch, workers=workers)
+        start = time.perf_counter()
+        with thread_count(threads or torch.get_num_threads()):
+            report = run(
+                networks,
+                _watched(loaded, len(source)),
+                num_classes=metadata.num_classes,
+                order=order,
+                max_broken=max_broken,
+            )
+        seconds = time.perf_counter() - start
+    except (DataError, EvaluationError, ImportError, OSError) as error:
+        raise CommandError(f"{data}: {error}" if isinstance(error, EvaluationError) else str(error)) from error
+    names = names or source.classes
+    told = {
+        "data": data,
+        "split": split,
+        "weights": str(weights),
+        "variant": metadata.variant,
+        "size": view.size,
+        "crop_fraction": view.crop_fraction,
+        "batch": batch,
+        "device": device,
+        "threads": threads or torch.get_num_threads(),
+        "classes_named_by": "--labels" if labels else "weights" if metadata.labels else "data, in its order",
+        **_described(report, names, seconds),
+    }
+    if confusion is not None:
+        _draw(confusion, report, names, told)
+        told["confusion"] = str(confusion)
+    return told
+
+
+def _open(
+    weights: Path, paths: tuple[str, ...], device: str, threads: int
+) -> tuple[Metadata, dict[str, Callable[[Any], Any]]]:
+    """What the file says of itself, and a function from tensor to logits for each path; "" is the usual one."""
+    from mobileformer import WeightsError, read_metadata
+    from mobileformer.checkpoint import read_header
+    from mobileformer.inference import FoldedNetwork, fold
+    from mobileformer.inference.folded import FORMAT
+
+    try:
+        if read_header(weights).get("format") == FORMAT:
+            paths = tuple(path or "engine" for path in paths)
+            outside = [path for path in paths if not path.startswith("engine")]
+            if outside:
+                raise CommandError(f"{weights}: is folded for inference, only the engine runs it, not {outside[0]}")
+            network = FoldedNetwork.load(weights)
+            return network.metadata, {path: _engine(network, path, device, threads) for path in paths}
+        metadata = read_metadata(weights)
+    except (WeightsError, OSError) as error:
+        raise CommandError(str(error)) from error
+    networks: dict[str, Callable[[Any], Any]] = {}
+    for path in (path or "fused" for path in paths):
+        model = open_model(weights, use_fused=path == "fused")
+        if path.startswith("engine"):
+            try:
+                networks[path] = _engine(fold(model), path, device, threads)
+            except ValueError as error:
+                raise CommandError(f"{weights}: {error}") from error
+        else:
+            networks[path] = _module(model.to(device), device)
+    return metadata, networks
+
+
+def _engine(network: Any, path: str, device: str, threads: int) -> Callable[[Any], Any]:
+    import torch
+
+    from mobileformer.inference import Engine
+
+    if device != "cpu":
+        raise CommandError(f"--device {device}: the engine runs on the CPU")
+    try:
+        engine = Engine(network, "bfloat16" if path == "engine-bf16" else "float32", threads)
+    except RuntimeError as error:
+        raise CommandError(f"{path}: {error}") from error
+    return lambda x: torch.from_numpy(engine(x.numpy()))
+
+
+def _module(model: Any, device: str) -> Callable[[Any], Any]:
+    return lambda x: model(x.to(device))
+
+
+def _watched(batches: Iterator[Any], images: int) -> Iterator[Any]:
+    """The batches, with a bar over the images for whoever watches."""
+    bar = progress(None, "images", total=images)
+    with bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch.y) + len(batch.broken))
+
+
+def _described(report: Report, names: tuple[str, ...] | list[str], seconds: float) -> dict[str, Any]:
+    first = next(iter(report.scores.values()))
+    return {
+        "images": first.images,
+        "seconds": seconds,
+        "images_per_second": first.images / seconds,
+        "results": [_result(path, score) for path, score in report.scores.items()],
+        "agreement": [
+            {
+                "path": path,
+                "with": next(iter(report.scores)),
+                "classified_differently": agreement.differently,
+                "largest_difference": agreement.difference,
+                "largest_logit": agreement.largest,
+                "relative_difference": agreement.relative,
+            }
+            for path, agreement in report.agreements.items()
+        ],
+        "classes": [
+            {
+                "class": index,
+                "label": name,
+                "images": int(first.images_of_class[index]),
+                "found": int(first.confusion[index, index]),
+                "found_in_top5": int(first.top5[index]),
+                "taken_for_it": int(first.confusion[:, index].sum()),
+                "recall_percent": _percent(first.recall[index]),
+                "precision_percent": _percent(first.precision[index]),
+            }
+            for index, name in enumerate(names)
+        ],
+        "mistakes": [{"class": a, "taken_for": b, "images": count} for a, b, count in first.mistakes()],
+        "broken": list(report.broken),
+    }
+
+
+def _result(path: str, score: Score) -> dict[str, Any]:
+    return {
+        "path": path,
+        "top1_correct": score.top1_correct,
+        "top5_correct": score.top5_correct,
+        "top1_percent": 100 * score.top1_correct / score.images,
+        "top5_percent": 100 * score.top5_correct / score.images,
+        "network_images_per_second": score.images / score.seconds,
+    }
+
+
+def _percent(share: float) -> float | None:
+    """None for what there is no image of: NaN is not JSON."""
+    return 100 * float(share) if share == share else None
+
+
+def _draw(target: Path, report: Report, names: tuple[str, ...] | list[str], told: dict[str, Any]) -> None:
+    from mobileformer.visualize.confusion import draw_confusion
+
+    result = told["results"][0]
+    title = (
+        f"{Path(told['weights']).name} on {Path(told['data']).name}, {told['split']}: top-1 "
+        f"{result['top1_percent']:.2f} % of {told['images']}"
+    )
+    try:
+        draw_confusion(next(iter(report.scores.values())).confusion, names, target, title=title)
+    except (ImportError, OSError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _show(report: dict[str, Any]) -> None:
+    print_table(
+        f"{report['weights']} ({report['variant']}) on {report['data']}, {report['split']}: {report['images']} images "
+        f"of {report['size']} x {report['size']}",
+        ("path", "top-1", "of images", "top-5", "of images", "img/s in the network"),
+        [
+            (
+                row["path"],
+                f"{row['top1_percent']:.2f} %",
+                row["top1_correct"],
+                f"{row['top5_percent']:.2f} %",
+                row["top5_correct"],
+                f"{row['network_images_per_second']:.0f}",
+            )
+            for row in report["results"]
+        ],
+        caption=f"{report['images_per_second']:.0f} img/s with loading, {report['seconds']:.1f} s in all, batch "
+        f"{report['batch']}, {report['threads']} threads, {report['device']}.",
+    )
+    if report["agreement"]:
+        print_table(
+            f"Beside {report['agreement'][0]['with']}",
+            ("path", "images classified differently", "largest difference of a logit", "of the largest logit"),
+            [
+                (
+                    row["path"],
+                    row["classified_differently"],
+                    f"{row['largest_difference']:.1e}",
+                    f"{row['relative_difference']:.1e}",
+                )
+                for row in report["agreement"]
+            ],
+        )
+    _show_classes(report)
+    for message in report["broken"][:MOST]:
+        note(f"broken image left out: {message}")
+    if report["broken"]:
+        note(f"{len(report['broken'])} images could not be read and count for nothing")
+    if "confusion" in report:
+        note(f"{report['confusion']}: written")
+
+
+def _show_classes(report: dict[str, Any]) -> None:
+    shown = [row for row in report["classes"] if row["images"] or row["taken_for_it"]]
+    shown = shown if len(shown) <= 100 else sorted(shown, key=lambda row: row["recall_percent"] or 0)[:20]
+    print_table(
+        "Classes" if len(shown) == len(report["classes"]) else f"Classes: {len(shown)} of {len(report['classes'])}",
+        ("class", "name", "images", "recall", "precision"),
+        [
+            (row["class"], row["label"], row["images"], *map(_told, (row["recall_percent"], row["precision_percent"])))
+            for row in shown
+        ],
+        caption=f"Names: {report['classes_named_by']}.",
+    )
+    names = [row["label"] for row in report["classes"]]
+    rows = [(names[row["class"]], names[row["taken_for"]], row["images"]) for row in report["mistakes"][:MOST]]
+    if rows:
+        print_table("Most frequent mistakes", ("is", "taken for", "images"), rows)
+
+
+def _told(percent: float | None) -> str:
+    return "" if percent is None else f"{percent:.1f} %"
