@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 from golden_support import recipe_model
+from kernel_support import interpreter
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import load_checkpoint, model_parameters, resume_checkpoint
@@ -21,6 +23,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3, accuracy, dispatch_clip_grad
 from weights_support import states_equal
 
 from mobileformer import save_official_checkpoint
+from mobileformer.timm.__main__ import main
 
 # As train.py's parser leaves them where nothing is said: None is "not set".
 ARGUMENTS = Namespace(
@@ -182,3 +185,23 @@ def test_frozen_stem_and_blocks() -> None:
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed
     assert not any(key.startswith(("stem", "blocks.0.", "blocks.1.")) for key in changed)
+
+
+def test_a_script_runs_with_the_sizes_registered(tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("VARIANT = '26m'\n", encoding="utf-8")
+    (tmp_path / "train.py").write_text(
+        "import sys, timm\nfrom helper import VARIANT\nif __name__ == '__main__':\n"
+        "    model = timm.create_model(sys.argv[2], num_classes=2)\n"
+        "    print(model.variant == VARIANT, sys.argv[1:])\n",
+        encoding="utf-8",
+    )
+    script = str(tmp_path / "train.py")
+    done = interpreter("-m", "mobileformer.timm", script, "--model", "mobileformer_26m")
+    assert done.stdout == "True ['--model', 'mobileformer_26m']\n", done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("nowhere.py",)])
+def test_without_a_script_the_usage_is_told(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mobileformer.timm", *arguments])
+    with pytest.raises(SystemExit, match=r"usage: python -m mobileformer\.timm SCRIPT \[ARGUMENTS\]$"):
+        main()
