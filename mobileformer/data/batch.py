@@ -46,13 +46,15 @@ def assemble(
     labels: list[int] = []
     good: list[int] = []
     broken: list[str] = []
+    entropy = np.array([*key, 0], np.uint32)  # the same generators as from a tuple, in less time
     for index in indices:
         try:
             image, label = read(index)
         except ImageError as error:
             broken.append(str(error))
             continue
-        x[len(good)] = transform(image, np.random.default_rng((*key, index)))
+        entropy[2] = index
+        x[len(good)] = transform(image, np.random.default_rng(entropy))
         labels.append(label)
         good.append(index)
     return Batch(

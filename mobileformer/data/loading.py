@@ -61,7 +61,7 @@ def training_batches(
         transform: usually a `TrainTransform`.
         batch_size: samples of one batch.
         slots: batches of one step over all processes, a multiple of `world`.
-        epoch, seed: 0 or more. They and the sample's index decide everything that is random.
+        epoch, seed: 0 to 2^32 - 1. They and the sample's index decide everything that is random.
         start: steps of this epoch already done. Nothing is read for them (of shards: read, but not decoded).
         rank, world: which process of how many this is.
         workers: processes that load; 0 loads in this one, when the next batch is asked for. Others are started by
@@ -75,8 +75,8 @@ def training_batches(
     _check(source, transform, batch_size=batch_size, rank=rank, world=world, workers=workers)
     if slots < 1 or slots % world:
         raise ValueError(f"slots: expected a multiple of the {world} processes, got {slots}")
-    if epoch < 0 or seed < 0:
-        raise ValueError(f"epoch and seed: expected 0 or more, got {epoch} and {seed}")
+    if not (0 <= epoch < 2**32 and 0 <= seed < 2**32):
+        raise ValueError(f"epoch and seed: expected 0 to 2^32 - 1, got {epoch} and {seed}")
     steps = steps_per_epoch(source, batch_size=batch_size, slots=slots)
     if not 0 <= start <= steps:
         raise ValueError(f"start: expected 0 to {steps} steps, got {start}")

@@ -114,10 +114,9 @@ class TrainTransform:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.augment is not None:
             image = self.augment(image, rng)
-        pixels = np.asarray(image)
-        planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(self.size, self.size, -1)
         result = np.empty(self.shape, np.float32)
-        np.multiply(planes, self._scale, out=result)
+        np.multiply(pixels.transpose(2, 0, 1), self._scale, out=result)
         result += self._offset
         if self.erase and rng.random() < self.erase:
             self._fill(result, rng)
