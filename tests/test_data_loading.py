@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+import time
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,6 +142,44 @@ class Asking(Numbers):
 def test_workers_ignore_the_terminal() -> None:
     (batch,) = evaluation_batches(Asking(3), WHOLE, batch_size=3, workers=1)
     assert batch.y.tolist() == [1, 1, 1]
+
+
+KILLED = """
+import multiprocessing, os, signal
+from data_support import Numbers
+from mobileformer.data import EvaluationTransform, evaluation_batches
+
+if __name__ == "__main__":
+    whole = EvaluationTransform(4, [0.0], [1.0], crop_fraction=1.0)
+    batches = evaluation_batches(Numbers(10000), whole, batch_size=3, workers=2)
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    with (tmp_path / "out").open("w+") as out:  # no pipe: the workers would hold it open
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, script], stdout=out, stderr=subprocess.DEVNULL, env=environment)
+        out.seek(0)
+        workers = [int(number) for number in out.read().split()]
+    assert done.returncode == -signal.SIGKILL
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while any(map(running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(running, workers))
+
+
+def running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"  # ended, and not yet waited for
 
 
 def test_evaluation_reads_everything_once_in_order() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +83,7 @@ def in_processes(dataset: Dataset[Batch], sampler: Iterable[Any] | None, workers
         sampler=sampler,
         num_workers=workers,
         collate_fn=_as_it_is,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_live_with_the_trainer,
         multiprocessing_context=context,
     )
     return iter(loader)
@@ -91,6 +93,15 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal. The trainer decides what it means, and workers end with it.
+def _live_with_the_trainer(worker: int) -> None:
+    """Ends with the trainer and not before. Torch's own watchdog sees who forked, and that is the server."""
+    # Ctrl-C reaches every process of the terminal, and the trainer decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None  # this runs in a worker
+    trainer.join()
+    os._exit(1)
