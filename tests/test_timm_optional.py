@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,23 @@ def test_another_trouble_of_torchvision_is_not_hidden(tmp_path: Path) -> None:
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('no such driver')", encoding="utf-8")
     done = python(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{GUARD}")
     assert "RuntimeError: no such driver" in done.stderr
+
+
+TEXT = (Path(__file__).resolve().parents[1] / "docs/ecosystem.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL))
+def test_the_code_of_the_page_runs(code: str, tmp_path: Path) -> None:
+    done = python(f"import os, torch\nos.chdir({str(tmp_path)!r})\ntorch.set_num_threads(1)\n{code}")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_the_page_names_the_versions_that_are_pinned() -> None:
+    constraints = (Path(__file__).resolve().parents[1] / "requirements/constraints.txt").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^(\w+)==(\S+)$", constraints, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", TEXT, re.MULTILINE))
+    assert pins["timm"] in rows["timm"]
+    assert pins["torchvision"] in rows["timm"]
+    assert pins["huggingface_hub"] in rows["hub"]
+    assert f"torch=={pins['torch']} torchvision=={pins['torchvision']}" in TEXT
