@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mobileformer.cli.networks import open_networks
 from mobileformer.cli.output import (
     CommandError,
     JsonOption,
@@ -19,10 +20,9 @@ from mobileformer.cli.output import (
     print_table,
     progress,
 )
-from mobileformer.cli.weights import HOW_TO_GET_WEIGHTS, SizeOption, input_view, open_model, read_labels
+from mobileformer.cli.weights import HOW_TO_GET_WEIGHTS, SizeOption, input_view, read_labels
 
 if TYPE_CHECKING:
-    from mobileformer import Metadata
     from mobileformer.evaluation import Report, Score
 
 __all__ = ["evaluate"]
@@ -104,7 +104,7 @@ def _run(
     from mobileformer.evaluation import evaluate as run
     from mobileformer.inference.threads import thread_count
 
-    metadata, networks = _open(weights, paths, device, threads or torch.get_num_threads())
+    metadata, networks = open_networks(weights, paths, device, threads or torch.get_num_threads())
     view = input_view(metadata, weights, size)
     names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels
     try:
@@ -142,57 +142,6 @@ def _run(
         _draw(confusion, report, names, told)
         told["confusion"] = str(confusion)
     return told
-
-
-def _open(
-    weights: Path, paths: tuple[str, ...], device: str, threads: int
-) -> tuple[Metadata, dict[str, Callable[[Any], Any]]]:
-    """What the file says of itself, and a function from tensor to logits for each path; "" is the usual one."""
-    from mobileformer import WeightsError, read_metadata
-    from mobileformer.checkpoint import read_header
-    from mobileformer.inference import FoldedNetwork, fold
-    from mobileformer.inference.folded import FORMAT
-
-    try:
-        if read_header(weights).get("format") == FORMAT:
-            paths = tuple(path or "engine" for path in paths)
-            outside = [path for path in paths if not path.startswith("engine")]
-            if outside:
-                raise CommandError(f"{weights}: is folded for inference, only the engine runs it, not {outside[0]}")
-            network = FoldedNetwork.load(weights)
-            return network.metadata, {path: _engine(network, path, device, threads) for path in paths}
-        metadata = read_metadata(weights)
-    except (WeightsError, OSError) as error:
-        raise CommandError(str(error)) from error
-    networks: dict[str, Callable[[Any], Any]] = {}
-    for path in (path or "fused" for path in paths):
-        model = open_model(weights, use_fused=path == "fused")
-        if path.startswith("engine"):
-            try:
-                networks[path] = _engine(fold(model), path, device, threads)
-            except ValueError as error:
-                raise CommandError(f"{weights}: {error}") from error
-        else:
-            networks[path] = _module(model.to(device), device)
-    return metadata, networks
-
-
-def _engine(network: Any, path: str, device: str, threads: int) -> Callable[[Any], Any]:
-    import torch
-
-    from mobileformer.inference import Engine
-
-    if device != "cpu":
-        raise CommandError(f"--device {device}: the engine runs on the CPU")
-    try:
-        engine = Engine(network, "bfloat16" if path == "engine-bf16" else "float32", threads)
-    except RuntimeError as error:
-        raise CommandError(f"{path}: {error}") from error
-    return lambda x: torch.from_numpy(engine(x.numpy()))
-
-
-def _module(model: Any, device: str) -> Callable[[Any], Any]:
-    return lambda x: model(x.to(device))
 
 
 def _watched(batches: Iterator[Any], images: int) -> Iterator[Any]:

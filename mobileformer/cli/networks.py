@@ -1,0 +1,70 @@
+"""Opening weights as functions from images to logits, one for each way to compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mobileformer.cli.output import CommandError
+from mobileformer.cli.weights import open_model
+
+if TYPE_CHECKING:
+    from mobileformer import Metadata
+
+__all__ = ["open_networks"]
+
+
+def open_networks(
+    weights: Path, paths: tuple[str, ...], device: str, threads: int
+) -> tuple[Metadata, dict[str, Callable[[Any], Any]]]:
+    """What the file says of itself, and for each path a function from a tensor on the CPU to logits.
+
+    paths: "fused", "plain", "engine" or "engine-bf16"; "" is the usual one, fused for weights and the engine for a file
+    that is folded for it. threads: of the engine. Raises CommandError.
+    """
+    from mobileformer import WeightsError, read_metadata
+    from mobileformer.checkpoint import read_header
+    from mobileformer.inference import FoldedNetwork, fold
+    from mobileformer.inference.folded import FORMAT
+
+    try:
+        if read_header(weights).get("format") == FORMAT:
+            paths = tuple(path or "engine" for path in paths)
+            outside = [path for path in paths if not path.startswith("engine")]
+            if outside:
+                raise CommandError(f"{weights}: is folded for inference, only the engine runs it, not {outside[0]}")
+            network = FoldedNetwork.load(weights)
+            return network.metadata, {path: _engine(network, path, device, threads) for path in paths}
+        metadata = read_metadata(weights)
+    except (WeightsError, OSError) as error:
+        raise CommandError(str(error)) from error
+    networks: dict[str, Callable[[Any], Any]] = {}
+    for path in (path or "fused" for path in paths):
+        model = open_model(weights, use_fused=path == "fused")
+        if path.startswith("engine"):
+            try:
+                networks[path] = _engine(fold(model), path, device, threads)
+            except ValueError as error:
+                raise CommandError(f"{weights}: {error}") from error
+        else:
+            networks[path] = _module(model.to(device), device)
+    return metadata, networks
+
+
+def _engine(network: Any, path: str, device: str, threads: int) -> Callable[[Any], Any]:
+    import torch
+
+    from mobileformer.inference import Engine
+
+    if device != "cpu":
+        raise CommandError(f"--device {device}: the engine runs on the CPU")
+    try:
+        engine = Engine(network, "bfloat16" if path == "engine-bf16" else "float32", threads)
+    except RuntimeError as error:
+        raise CommandError(f"{path}: {error}") from error
+    return lambda x: torch.from_numpy(engine(x.numpy()))
+
+
+def _module(model: Any, device: str) -> Callable[[Any], Any]:
+    return lambda x: model(x.to(device))
