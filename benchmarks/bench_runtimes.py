@@ -18,12 +18,12 @@ import harness
 import numpy as np
 import peers
 import pytest
-import runtimes
 import torch
 from harness import Row
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import mobileformer
+from mobileformer import runtimes
 from mobileformer.export import export_model
 from mobileformer.inference import Engine, FoldedNetwork, fold, library
 from mobileformer.measure import difference, interleaved, lively_weights_

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_files(tmp_path_factory.mktemp("cli"))
 
 
-SMALL = ("--variant", "26m", "--size", "32", "--repeats", "2")
+SMALL = ("--variant", "26m", "--size", "32", "--repeats", "2", "--no-runtimes")
 
 
 def test_bench_inference(folder: Path) -> None:
@@ -71,6 +72,25 @@ def test_bench_bfloat16() -> None:
     report = run_json("bench", *SMALL, "--no-compile", "--dtype", "bfloat16")
     differences = [row["relative_logit_difference"] for row in report["contenders"]]
     assert all(1e-4 < difference < 0.1 for difference in differences)
+
+
+def test_bench_races_other_runtimes() -> None:
+    report = run_json("bench", "--variant", "26m", "--size", "32", "--repeats", "2", "--no-compile", "--batch", 2)
+    rows = {row["name"]: row for row in report["contenders"]}
+    assert list(rows) == ["eager", "eager channels_last", "fused", "fused inference", "onnxruntime", "openvino"]
+    for row in rows.values():
+        assert row["error"] is None
+        assert row["min_ms"] > 0
+        assert row["relative_logit_difference"] < 3e-5
+
+
+def test_bench_says_why_a_runtime_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr(contenders.Trial, "_exported", None)  # neither gets so far
+    told = run("bench", "--variant", "26m", "--size", "32", "--repeats", "1", "--no-compile", "--dtype", "bfloat16")
+    assert "without onnxruntime: on the CPU it computes in float32" in told.stderr
+    assert "without openvino: " in told.stderr
+    assert "mobileformer[export]" in told.stderr
 
 
 def test_bench_compiles_unless_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`mobileformer bench`: one network plain and fused, timed in turns in one run."""
+"""`mobileformer bench`: one network plain, fused and in other runtimes, timed in turns in one run."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from mobileformer.cli.profile import profile, show_stages
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mobileformer.cli.contenders import Trial
+
 __all__ = ["bench", "photo_tensor", "show_rows"]
 
 
@@ -42,12 +44,15 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="With torch.compile (takes a while).")
     ] = True,
+    others: Annotated[
+        bool, typer.Option("--runtimes/--no-runtimes", help="With ONNX Runtime and OpenVINO, where installed.")
+    ] = True,
     profiled: Annotated[
         bool, typer.Option("--profile", help="Instead: the engine's stages, with their share and GFLOP/s.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Time plain PyTorch in both layouts, torch.compile and the fused operators against each other.
+    """Time plain PyTorch in both layouts, torch.compile, the fused operators and other runtimes against each other.
 
     In turns, in one run: A B C A B C. First every contender's logits are compared with the float64 reference;
     one that is off is reported, not timed, and the exit code is 1. Weights are random: speed is the same.
@@ -81,6 +86,7 @@ def bench(
             image=image,
             train=train,
             compiled=compiled,
+            others=others and not train and device == "cpu",
         )
         if as_json:
             print_json(report)
@@ -107,6 +113,7 @@ def measure(
     image: Path | None,
     train: bool,
     compiled: bool,
+    others: bool,
 ) -> dict[str, Any]:
     """Build, check and time the contenders; what was measured and on what, as plain data."""
     import torch
@@ -124,6 +131,8 @@ def measure(
     with thread_count(threads):
         trial = Trial(variant, x, dtype=getattr(torch, dtype), device=device, train=train)
         trial.add(*EAGER, *(["compile"] if compiled else []), "fused", *([] if train else ["fused inference"]))
+        if others:
+            _add_runtimes(trial)
         trial.check(lambda items: progress(items, "check"))
         trial.time(repeats, lambda rounds: progress(rounds, "rounds"))
         described = machine(device)
@@ -140,6 +149,18 @@ def measure(
         "machine": described,
         "contenders": trial.rows(),
     }
+
+
+def _add_runtimes(trial: Trial) -> None:
+    """Those that are there and compute in the trial's dtype; of the others it is said why not."""
+    from mobileformer.cli.contenders import RUNTIMES
+    from mobileformer.export import ExportError
+
+    for name in RUNTIMES:
+        try:
+            trial.add(name)
+        except (ExportError, RuntimeError) as error:
+            note(f"without {name}: {error}")
 
 
 def photo_tensor(path: Path, size: int) -> Tensor:

@@ -6,9 +6,14 @@ Legend: B batch, C input channels, H W height and width.
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +25,12 @@ import mobileformer
 from mobileformer.inference import InferenceModel
 from mobileformer.measure import Difference, Timing, difference, interleaved, lively_weights_
 
-__all__ = ["EAGER", "Contender", "Trial", "stack_photo"]
+__all__ = ["EAGER", "RUNTIMES", "Contender", "Trial", "stack_photo"]
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 EAGER = ("eager", "eager channels_last")
+RUNTIMES = ("onnxruntime", "openvino")
 
 # Beyond these a contender is not timed.
 # Logits: largest |difference| from the float64 reference over the largest |logit|. Plain PyTorch has 2e-6 in
@@ -85,9 +91,12 @@ class Trial:
         self.reference, self._gradient = self._logits_and_gradient(reference)
 
     def add(self, *names: str) -> None:
-        """Build contenders: "eager", "eager channels_last", "compile", "fused", "fused inference"."""
+        """Build contenders: "eager", "eager channels_last", "compile", "fused", "fused inference", and `RUNTIMES`."""
         for name in names:
             model = self._plain
+            if name in RUNTIMES:
+                self.contenders.append(Contender(name, self._runtime(name), [], self._x))
+                continue
             if name.startswith("fused"):
                 model = mobileformer.Model(self._variant, in_chans=self._x.shape[1], use_fused=True)
                 mobileformer.load_weights(model, self._plain.state_dict())
@@ -101,6 +110,38 @@ class Trial:
             elif name == "fused inference":
                 network = model.to_inference(dtype=self.dtype)
             self.contenders.append(Contender(name, network, list(model.parameters()), x))
+
+    def _runtime(self, name: str) -> Callable[[Tensor], Tensor]:
+        """The exported network in another runtime, compiled for this very shape and PyTorch's number of threads.
+
+        Raises ExportError where the runtime or what writes its files is missing, RuntimeError where it cannot compute
+        in this dtype.
+        """
+        from mobileformer import runtimes
+        from mobileformer.export.job import require
+
+        require("export", "onnx", "onnxscript", name)
+        shape, threads = tuple(self._x.shape), torch.get_num_threads()
+        if name == "onnxruntime":
+            if self.dtype != torch.float32:
+                raise RuntimeError(f"on the CPU it computes in float32, not in {self.dtype}")
+            run = runtimes.onnxruntime_session(self._exported, shape, threads=threads)
+        else:
+            precision = "f32" if self.dtype == torch.float32 else "bf16"
+            run = runtimes.openvino_model(self._exported, shape, threads=threads, precision=precision)
+        return lambda x: torch.from_numpy(run(x.float().numpy()))
+
+    @cached_property
+    def _exported(self) -> Path:
+        """The network as an ONNX file, in a folder that goes with this trial."""
+        from mobileformer.export import export_model
+
+        folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        path = Path(folder) / "network.onnx"
+        height, width = self._x.shape[2:]
+        export_model(self._plain, path, "onnx", size=(height, width), check=False)
+        return path
 
     def check(self, progress: Progress = iter) -> bool:
         """Run each contender once and compare. True when all are within bounds."""

@@ -36,7 +36,7 @@ def onnxruntime_session(path: Path, shape: tuple[int, ...], *, threads: int = 1)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(x: np.ndarray) -> np.ndarray:
-        return session.run(None, {image.name: x})[0]
+        return np.asarray(session.run(None, {image.name: x})[0])
 
     return run
 
