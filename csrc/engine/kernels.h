@@ -26,6 +26,14 @@ enum class Format {
   bf16_weight,  // float map, bfloat16 weight: where a layer is as slow as its weight arrives
 };
 
+// Weights that will be read soon, to be asked for while arithmetic leaves the memory idle: one cache line every `step`
+// bytes of [at, end).
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  ptrdiff_t step = 64;
+};
+
 // One group of a pointwise layer, ready for one instruction set.
 // f32, bf16_weight: weight [panel][depth][vectors of the panel]; bf16: [panel][depth][vectors][2], pairs of inputs.
 struct Products {
@@ -33,7 +41,9 @@ struct Products {
   int depth = 0;                     // inputs, or pairs of inputs
   const int32_t* offsets = nullptr;  // [depth] where an input lies relative to a position, in elements
   const void* weight = nullptr;
-  int vectors = 0;  // of outputs, in vectors of the instruction set
+  int vectors = 0;         // of outputs, in vectors of the instruction set
+  bool half_tail = false;  // of the last block, only the lower half is outputs
+  Ahead* ahead = nullptr;  // moved on by what was asked for, or null
 };
 
 // What happens to the sums of a layer. All channel vectors begin at the group's first output.

@@ -76,6 +76,7 @@ class Packer {
     Products p;
     p.format = format;
     p.depth = depth;
+    p.half_tail = N % BLOCK > 0 && N % BLOCK <= BLOCK / 2;
     p.vectors = blocks_of(N) * BLOCK / lanes_;  // whole blocks, so that gaps are written as zeros every time
     const size_t count = size_t(p.vectors) * lanes_ * depth;
     float* floats = format == Format::f32 ? arena_.take(count) : nullptr;
@@ -100,6 +101,8 @@ class Packer {
   }
 
   int lanes() const { return lanes_; }
+
+  size_t taken() const { return arena_.taken(); }
 
   const float* vector(int N, const std::function<float(int)>& element) {
     float* values = arena_.take(size_t(blocks_of(N)) * BLOCK);

@@ -31,6 +31,10 @@ class Pass {
   void down(const Block&, BlockSpace&, const Map& in);
   void head(const Map& in);
 
+  // what is to come
+  void look_ahead(size_t at);
+  Ahead* ahead();
+
   // tokens
   void linear(const Linear&, const float* in, int in_row, int rows, float* out, int out_row, Act = Act::identity,
               const float* residual = nullptr);
@@ -67,6 +71,9 @@ class Pass {
   std::string full(const char* stage) const;
 
   int block_ = -1;  // at work
+  int images_ = 1;  // of the batch
+  Ahead ahead_;
+  size_t asked_ = 0, ask_until_ = 0;  // bytes of the weights: asked for, and as far as they are to be
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 

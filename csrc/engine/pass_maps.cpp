@@ -10,6 +10,9 @@ namespace {
 constexpr size_t STRIP_BYTES =
     256 * 1024;  // of a depthwise output that stays in the second-level cache until it is read
 
+// Of the weights that are asked for before they are read. More than that is gone again before it is needed.
+constexpr size_t AHEAD = size_t(4) << 20;
+
 double multiply_adds(const Pointwise& layer, int positions) { return double(layer.inputs) * layer.outputs * positions; }
 
 double multiply_adds(const DepthwiseLayer& layer, int positions) {
@@ -20,6 +23,7 @@ double multiply_adds(const DepthwiseLayer& layer, int positions) {
 }  // namespace
 
 void Pass::run(const Images& images) {
+  images_ = images.batch;
   const bool alone = worker.size == 1 && weights.blocks[0].config.kind == Kind::lite;
   if (!alone) {  // members need rows of each other
     int first, last;
@@ -34,6 +38,7 @@ void Pass::run(const Images& images) {
     const Block& block = weights.blocks[i];
     BlockSpace& own = space.blocks[i];
     block_ = int(i);
+    look_ahead(block.weights_at);
     switch (block.config.kind) {
       case Kind::lite: lite(block, own, *in, i == 0 && alone ? &images : nullptr); break;
       case Kind::same: same(block, own, *in); break;
@@ -57,6 +62,7 @@ void Pass::run(const Images& images) {
     in = &own.out;
   }
   block_ = -1;
+  look_ahead(weights.head_at);
   gather(weights.gather, *in, space.gather_queries);
   dump_tokens("tokens");
   if (extras.tokens && leader()) {
@@ -64,6 +70,25 @@ void Pass::run(const Images& images) {
     std::copy_n(space.tokens, count, extras.tokens + image * count);
   }
   head(*in);
+}
+
+// Weights are read once an image: by the time they are needed again, the cache holds other ones, and linear layers of a
+// few tokens wait for the memory. So what is read within the next megabytes is asked for while convolutions leave the
+// memory idle. `at`: bytes of the weights before those that come next.
+void Pass::look_ahead(size_t at) {
+  // the last layers serve all images at once
+  const size_t end = image + 1 < images_ ? weights.fc_at : weights.arena.taken();
+  asked_ = std::max(asked_, at);
+  ask_until_ = std::min(end, at + AHEAD);
+}
+
+Ahead* Pass::ahead() {
+  if (ahead_.at >= ahead_.end && asked_ < ask_until_) {
+    const auto range = weights.arena.range(asked_, ask_until_);
+    asked_ += range.size();
+    ahead_ = {range.data() + 64 * worker.rank, range.data() + range.size(), ptrdiff_t(64) * worker.size};
+  }
+  return &ahead_;
 }
 
 // Row `row` of the image to where the stem reads it; zeros above and below the image
@@ -110,6 +135,7 @@ void Pass::pointwise(const Pointwise& layer, const Offsets& offsets, Map& out, c
   if (layer.groups.size() > 1) return grouped(layer, offsets, in, out, residual, half, begin, end);
   Products products = layer.groups[0].products;
   products.offsets = offsets[0].data();
+  products.ahead = ahead();
   Epilogue e;
   e.bias = layer.bias;
   e.width = out.width;
@@ -136,12 +162,14 @@ void Pass::grouped(const Pointwise& layer, const Offsets& offsets, const void* i
   constexpr int chunk = GROUPED_CHUNK;
   const int each = layer.outputs / int(layer.groups.size());
   float* made = space.scratch[worker.rank].grouped;
+  float ordered[MAX_GROUPED + 4 * BLOCK] = {};
   const size_t element = layer.half() ? 2 : 4;
   for (int at = begin; at < end; at += chunk) {
     const int count = std::min(chunk, end - at);
     for (size_t g = 0; g < layer.groups.size(); ++g) {
       Products products = layer.groups[g].products;
       products.offsets = offsets[g].data();
+      products.ahead = ahead();
       Epilogue e;
       e.bias = layer.bias + ptrdiff_t(g) * layer.group_blocks * BLOCK;
       e.width = count;
@@ -154,19 +182,19 @@ void Pass::grouped(const Pointwise& layer, const Offsets& offsets, const void* i
     for (int p = 0; p < count; ++p) {
       float* to = out.data + y * out.row + x * BLOCK;
       const float* add = residual ? residual->data + y * residual->row + x * BLOCK : nullptr;
-      float ordered[MAX_GROUPED];  // its gaps stay zero
-      std::fill_n(ordered, out.blocks * BLOCK, 0.0f);
-      if (layer.shuffled) {
-        for (int n = 0; n < each; ++n) {
-          const float* from = made + (ptrdiff_t(n / BLOCK) * chunk + p) * BLOCK + n % BLOCK;
-          for (int g = 0; g < 4; ++g) ordered[4 * n + g] = from[ptrdiff_t(g) * layer.group_blocks * chunk * BLOCK];
+      // Whole blocks are moved: what is too much of a group gives way to the next one, and is zero at the end
+      for (int b = 0; b < layer.group_blocks; ++b) {
+        const float* from = made + (ptrdiff_t(b) * chunk + p) * BLOCK;
+        const ptrdiff_t group = ptrdiff_t(layer.group_blocks) * chunk * BLOCK;
+        float* to_all = ordered + 4 * b * BLOCK;
+        for (int n = 0; layer.shuffled && n < BLOCK; ++n) {
+          for (int g = 0; g < 4; ++g) to_all[4 * n + g] = from[g * group + n];
         }
-      } else {
-        for (int g = 0; g < 4; ++g) {
-          for (int n = 0; n < each; n += BLOCK) {
-            const float* from = made + (ptrdiff_t(g * layer.group_blocks + n / BLOCK) * chunk + p) * BLOCK;
-            std::copy_n(from, std::min(BLOCK, each - n), ordered + g * each + n);
-          }
+      }
+      for (int g = 0; !layer.shuffled && g < 4; ++g) {
+        for (int b = 0; b < layer.group_blocks; ++b) {
+          const float* from = made + (ptrdiff_t(g * layer.group_blocks + b) * chunk + p) * BLOCK;
+          std::copy_n(from, BLOCK, ordered + g * each + b * BLOCK);
         }
       }
       for (int b = 0; b < out.blocks; ++b) {
@@ -270,6 +298,7 @@ void Pass::lite(const Block& block, BlockSpace& own, const Map& in, const Images
 
 void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
   token_side(block, own, in);
+  look_ahead(block.maps_at);
   if (spatial()) mix_tokens(in, own.height, own.width);
   const Pointwise& expand = block.expand;
   const void* from = expand.half() ? static_cast<const void*>(in.half) : in.data;
@@ -297,9 +326,10 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
       e.slope1 = space.slopes[0] + group_block * BLOCK;
       e.slope2 = e.slope1 + places;
     }
+    const int first_block = int(group_block) + window.first_block;
+    products.ahead = ahead();
     network.kernels.pointwise(products, e, from, BLOCK, 0, own.height * own.width, window.first_panel,
                               window.last_panel);
-    const int first_block = int(group_block) + window.first_block;
     for (int b = 0; b < window.blocks; ++b) {
       float* x = inside + b * plane;
       if (spatial()) spatial_relu(x, row, own.width, 0, own.height, space.slopes[0], places, first_block + b);
@@ -330,6 +360,7 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
 
 void Pass::down(const Block& block, BlockSpace& own, const Map& in) {
   token_side(block, own, in);
+  look_ahead(block.maps_at);
   if (spatial()) mix_tokens(in, own.height, own.width);
   depthwise_strips(".down", block.depthwise, in, space.slopes[0], Act::dynamic_relu, block.squeeze, own.squeeze,
                    own.middle, nullptr, false);
@@ -350,6 +381,7 @@ void Pass::head(const Map& in) {
   for (size_t g = 0; g < layer.groups.size(); ++g) {
     Products products = layer.groups[g].products;
     products.offsets = space.head_offsets[g].data();
+    products.ahead = ahead();
     Epilogue e;
     e.bias = layer.bias + ptrdiff_t(g) * layer.group_blocks * BLOCK;
     e.act = Act::relu6;

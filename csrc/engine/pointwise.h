@@ -14,6 +14,9 @@ constexpr int tile_rows(int vectors) {
                                                     : 8);
 }
 
+// The same where the last vector is half empty
+constexpr int tail_rows(int vectors) { return vectors == 3 ? 7 : 14; }
+
 // What becomes of the sums of a tile; its first position is column x of row y
 template <int ROWS, int VECTORS>
 MF_INLINE void finish(V (&sums)[ROWS][VECTORS], const Epilogue& e, int vector, int position, int y, int x) {
@@ -39,7 +42,13 @@ MF_INLINE void finish(V (&sums)[ROWS][VECTORS], const Epilogue& e, int vector, i
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) sums[r][v] = maximum(sums[r][v] * slope1, sums[r][v] * slope2);
     } else if (e.act != Act::identity) {
-      for (int r = 0; r < ROWS; ++r) sums[r][v] = activate(sums[r][v], e.act);
+      // Through an array of its own: a loop that is not unrolled would keep all sums in memory, from their zeros on
+      V some[ROWS];
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) some[r] = sums[r][v];
+      for (int r = 0; r < ROWS; ++r) some[r] = activate(some[r], e.act);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) sums[r][v] = some[r];
     }
     if (e.residual) {
       const float* from = e.residual + block * e.residual_block + lane;
@@ -71,11 +80,40 @@ MF_INLINE V add_pair(V acc, VI a, const uint16_t* weight) {
 #endif
 }
 
+#if defined(MF_LEVEL_AVX512)
+template <class Half, class Whole>
+MF_INLINE Half lower(Whole v) {
+  Half half;
+  __builtin_memcpy(&half, &v, sizeof(half));
+  return half;
+}
+
+MF_INLINE __m256 add_pair(__m256 acc, __m256i a, const uint16_t* weight) {
+  const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
+#if defined(MF_LEVEL_PAIRS)
+  return _mm256_dpbf16_ps(acc, (__m256bh)a, (__m256bh)w);
+#else
+  acc = _mm256_fmadd_ps((__m256)_mm256_slli_epi32(a, 16), (__m256)_mm256_slli_epi32(w, 16), acc);
+  const __m256i upper = _mm256_set1_epi32(int(0xffff0000));
+  return _mm256_fmadd_ps((__m256)_mm256_and_si256(a, upper), (__m256)_mm256_and_si256(w, upper), acc);
+#endif
+}
+#endif
+
+// For one line of weights to come: it costs nothing beside the multiply-adds of a step
+MF_INLINE void ask(Ahead& ahead) {
+  if (ahead.at < ahead.end) {
+    __builtin_prefetch(ahead.at, 0, 2);
+    ahead.at += ahead.step;
+  }
+}
+
 template <Format FORMAT, int ROWS, int VECTORS, int SETS>
 inline void tile(const Products& p, const Epilogue& e, const char* a, ptrdiff_t stride, const char* weight, int vector,
                  int position, int y, int x) {
   V sums[SETS][ROWS][VECTORS] = {};
   const int32_t* offsets = p.offsets;
+  Ahead ahead = p.ahead ? *p.ahead : Ahead{};
   const auto step = [&](int k, V(&to)[ROWS][VECTORS]) __attribute__((always_inline)) {
     if constexpr (FORMAT == Format::bf16) {
       const uint16_t* w = reinterpret_cast<const uint16_t*>(weight) + ptrdiff_t(k) * VECTORS * LANES * 2;
@@ -112,7 +150,11 @@ inline void tile(const Products& p, const Epilogue& e, const char* a, ptrdiff_t 
       for (int s = 0; s < SETS; ++s) step(k + s, sums[s]);
     }
   }
-  for (; k < p.depth; ++k) step(k, sums[0]);
+  for (; k < p.depth; ++k) {
+    if constexpr (SETS == 1) ask(ahead);
+    step(k, sums[0]);
+  }
+  if (SETS == 1 && p.ahead) p.ahead->at = ahead.at;
 #pragma GCC unroll 3
   for (int s = 1; s < SETS; ++s) {
 #pragma GCC unroll 16
@@ -123,6 +165,60 @@ inline void tile(const Products& p, const Epilogue& e, const char* a, ptrdiff_t 
   }
   finish(sums[0], e, vector, position, y, x);
 }
+
+#if defined(MF_LEVEL_AVX512)
+// tile() where only the lower half of the last vector is outputs: half a vector takes half the time. Only for maps.
+template <Format FORMAT, int ROWS, int VECTORS>
+inline void tile_with_tail(const Products& p, const Epilogue& e, const char* a, const char* weight, int vector,
+                           int position, int y, int x) {
+  constexpr int WHOLE = VECTORS - 1;
+  V sums[ROWS][VECTORS] = {};
+  __m256 tails[ROWS] = {};
+  Ahead ahead = p.ahead ? *p.ahead : Ahead{};
+  for (int k = 0; k < p.depth; ++k, weight += VECTORS * LANES * 4) {
+    ask(ahead);
+    if constexpr (FORMAT == Format::bf16) {
+      const uint16_t* w = reinterpret_cast<const uint16_t*>(weight);
+      const uint16_t* from = reinterpret_cast<const uint16_t*>(a) + p.offsets[k];
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        int32_t pair;
+        __builtin_memcpy(&pair, from + r * BLOCK, sizeof(pair));
+        const VI both = pair - VI{};
+#pragma GCC unroll 4
+        for (int v = 0; v < WHOLE; ++v) sums[r][v] = add_pair(sums[r][v], both, w + v * LANES * 2);
+        tails[r] = add_pair(tails[r], lower<__m256i>(both), w + WHOLE * LANES * 2);
+      }
+    } else {
+      const float* w = reinterpret_cast<const float*>(weight);
+      const float* from = reinterpret_cast<const float*>(a) + p.offsets[k];
+      const __m256 tail = _mm256_loadu_ps(w + WHOLE * LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        const V input = broadcast(from[r * BLOCK]);
+#pragma GCC unroll 4
+        for (int v = 0; v < WHOLE; ++v) sums[r][v] += input * load(w + v * LANES);
+        // read twice where that is two operands of multiply-adds, and no instruction of its own
+        const __m256 same = WHOLE == 2 ? lower<__m256>(input) : _mm256_set1_ps(from[r * BLOCK]);
+        tails[r] = _mm256_fmadd_ps(same, tail, tails[r]);
+      }
+    }
+  }
+  if (p.ahead) p.ahead->at = ahead.at;
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r) sums[r][WHOLE] = (V)_mm512_insertf32x8(_mm512_setzero_ps(), tails[r], 0);
+  finish(sums, e, vector, position, y, x);
+}
+
+template <Format FORMAT, int VECTORS, int ROWS = tail_rows(VECTORS)>
+inline void tile_with_tail_of(int rows, const Products& p, const Epilogue& e, const char* a, const char* weight,
+                              int vector, int position, int y, int x) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return tile_with_tail_of<FORMAT, VECTORS, ROWS - 1>(rows, p, e, a, weight, vector, position, y, x);
+  }
+  tile_with_tail<FORMAT, ROWS, VECTORS>(p, e, a, weight, vector, position, y, x);
+}
+#endif
 
 template <Format FORMAT, int VECTORS, int ROWS = tile_rows(VECTORS)>
 inline void tile_of(int rows, const Products& p, const Epilogue& e, const char* a, ptrdiff_t stride, const char* weight,
@@ -150,6 +246,19 @@ inline void panel(const Products& p, const Epilogue& e, const char* a, ptrdiff_t
   const char* weight = static_cast<const char*>(p.weight) +
                        ptrdiff_t(vector) * LANES * p.depth * (FORMAT == Format::bf16_weight ? 2 : 4);
   int y = begin / e.width, x = begin % e.width;
+#if defined(MF_LEVEL_AVX512)
+  if constexpr (FORMAT != Format::bf16_weight) {
+    if (p.half_tail && vector + VECTORS == p.vectors && stride == BLOCK) {
+      constexpr int tall = tail_rows(VECTORS);
+      for (int position = begin; position < end; position += tall) {
+        tile_with_tail_of<FORMAT, VECTORS>(end - position, p, e, a + position * BLOCK * element, weight, vector,
+                                           position, y, x);
+        for (x += tall; x >= e.width; x -= e.width) ++y;
+      }
+      return;
+    }
+  }
+#endif
   for (int position = begin; position < end; position += rows) {
     tile_of<FORMAT, VECTORS>(end - position, p, e, a + position * stride * element, stride, weight, vector, position, y,
                              x);

@@ -35,9 +35,13 @@ MF_INLINE V load_half(const uint16_t* source) {
 
 // To nearest even; what is not a number stays so
 MF_INLINE void store_half(uint16_t* target, V v) {
+#if defined(MF_LEVEL_PAIRS)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+#else
   const VU bits = (VU)v;
   const VU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const VH half = __builtin_convertvector(v == v ? rounded : VU{} + 0x7fc0u, VH);
+#endif
   __builtin_memcpy(target, &half, sizeof(half));
 }
 

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -47,12 +48,23 @@ class Arena {
     return static_cast<T*>(bytes((count * sizeof(T) + 63) / 64 * 64));
   }
 
+  // Bytes handed out so far, with what was left over at the ends of chunks
+  size_t taken() const { return before_ + (chunks_.empty() ? 0 : chunks_.back().size - left_); }
+
+  // What was handed out from the `begin`-th byte on, as far as it lies together and not beyond the `end`-th
+  std::span<const char> range(size_t begin, size_t end) const;
+
  private:
   void* bytes(size_t size);
   struct Free {
     void operator()(std::byte* memory) const { std::free(memory); }
   };
-  std::vector<std::unique_ptr<std::byte[], Free>> chunks_;
+  struct Chunk {
+    std::unique_ptr<std::byte[], Free> memory;
+    size_t size;
+  };
+  std::vector<Chunk> chunks_;
+  size_t before_ = 0;  // bytes of all chunks but the last
   std::byte* next_ = nullptr;
   size_t left_ = 0;
 };
@@ -63,6 +75,8 @@ using Places = std::vector<int>;
 Places in_order(int channels);                                   // 0 1 2 ..., then the gap of the last block
 Places in_filters(int channels, int multiplier, bool shuffled);  // all first filters, all second ones, each in blocks
 Places in_groups(int channels, int groups);                      // each group in blocks of its own, shuffled
+
+constexpr int MAX_GROUPED = 256;  // channels of a map that a grouped convolution makes
 
 // A pointwise convolution. Output storage is group by group, each from a new block on.
 struct Pointwise {
@@ -134,7 +148,8 @@ struct Block {
   Pointwise squeeze;            // down
   DepthwiseLayer second;        // down
   Pointwise project;
-  TokenSide tokens;  // same, down
+  TokenSide tokens;                    // same, down
+  size_t weights_at = 0, maps_at = 0;  // bytes of the arena before its weights, and before those of its convolutions
 };
 
 struct Weights {
@@ -149,6 +164,7 @@ struct Weights {
   MobileToFormer gather;
   Pointwise head;
   Linear fc, classifier;
+  size_t head_at = 0, fc_at = 0;  // bytes of the arena before the weights of the two
 
  private:
   Weights() = default;

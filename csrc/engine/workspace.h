@@ -32,7 +32,6 @@ struct BlockSpace {
 };
 
 constexpr int GROUPED_CHUNK = 112;  // positions that a grouped layer makes before they are put in order
-constexpr int MAX_GROUPED = 256;    // channels of a map that one makes
 
 // What the members of a team each need for themselves.
 struct Scratch {
