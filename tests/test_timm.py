@@ -16,9 +16,17 @@ from timm.models._hub import save_for_hf
 from torch import Tensor
 from weights_support import states_equal
 
-from mobileformer import VARIANTS, load_model, official_state_dict, save_official_checkpoint, save_weights
+from mobileformer import (
+    VARIANTS,
+    load_model,
+    official_state_dict,
+    read_metadata,
+    save_official_checkpoint,
+    save_weights,
+)
 from mobileformer.inference import Engine, fold
 from mobileformer.measure import lively_weights_
+from mobileformer.pretrained import shipped_weights
 from mobileformer.timm import MobileFormer, checkpoint_filter_fn
 
 STRIDES = (4, 8, 16, 32)
@@ -42,7 +50,8 @@ def test_every_size_is_there_under_both_spellings() -> None:
     names = {f"{family}_{variant}" for variant in VARIANTS for family in ("mobileformer", "mobile_former")}
     assert set(timm.list_models("mobile*former_*")) == names
     assert set(timm.list_models(module="mobileformer")) == names
-    assert timm.list_models("mobile*former_*", pretrained=True) == []
+    pretrained = timm.list_models("mobile*former_*", pretrained=True)
+    assert sorted(pretrained) == ["mobile_former_52m.fashion_mnist", "mobileformer_52m.fashion_mnist"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -247,10 +256,28 @@ def test_groups_by_stage() -> None:
 # Files
 
 
-def test_no_weights_come_by_name() -> None:
-    for kwargs in ({}, {"features_only": True}):
-        with pytest.raises(RuntimeError, match=r"mobile_former_26m: .*no pretrained weights come .* checkpoint_path"):
-            timm.create_model("mobile_former_26m", pretrained=True, **kwargs)
+@pytest.mark.parametrize("name", ["mobile_former_26m", "mobileformer_52m"])
+@pytest.mark.parametrize("kwargs", [{}, {"features_only": True}])
+def test_no_weights_of_imagenet_come_by_name(name: str, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match=rf"{name}: .*no weights trained on ImageNet .* checkpoint_path"):
+        timm.create_model(name, pretrained=True, **kwargs)
+    assert timm.get_pretrained_cfg(name).num_classes == 1000
+
+
+def test_the_weights_in_the_package_have_a_tag() -> None:
+    """Prepared as their file says, and adapted to three channels and other classes like any of timm's."""
+    metadata, expected = read_metadata(shipped_weights()), load_model(shipped_weights())
+    model = timm.create_model("mobileformer_52m.fashion_mnist", pretrained=True)
+    assert states_equal(model, expected)
+    assert model.default_cfg["label_names"] == metadata.labels
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (1, metadata.input_size, metadata.input_size)
+    assert (config["mean"], config["std"]) == (metadata.mean, metadata.std)
+    adapted = timm.create_model("mobileformer_52m.fashion_mnist", pretrained=True, in_chans=3, num_classes=4)
+    state, own = adapted.state_dict(), expected.state_dict()
+    first = state.pop("stem.conv.weight")  # timm divides in the file's half precision
+    torch.testing.assert_close(first.sum(1, keepdim=True), own["stem.conv.weight"], rtol=2e-3, atol=1e-4)
+    assert all(torch.equal(state[key], own[key]) for key in state if not key.startswith("head.classifier"))
 
 
 @pytest.fixture(scope="module")
