@@ -11,6 +11,8 @@
 
 #include "engine/depthwise.h"
 
+#include "engine/scores.h"
+
 #include "engine/attention.h"
 
 #include "engine/stem.h"

@@ -10,9 +10,6 @@ namespace {
 constexpr size_t STRIP_BYTES =
     256 * 1024;  // of a depthwise output that stays in the second-level cache until it is read
 
-// Of the weights that are asked for before they are read. More than that is gone again before it is needed.
-constexpr size_t AHEAD = size_t(4) << 20;
-
 double multiply_adds(const Pointwise& layer, int positions) { return double(layer.inputs) * layer.outputs * positions; }
 
 double multiply_adds(const DepthwiseLayer& layer, int positions) {
@@ -72,25 +69,6 @@ void Pass::run(const Images& images) {
   head(*in);
 }
 
-// Weights are read once an image: by the time they are needed again, the cache holds other ones, and linear layers of a
-// few tokens wait for the memory. So what is read within the next megabytes is asked for while convolutions leave the
-// memory idle. `at`: bytes of the weights before those that come next.
-void Pass::look_ahead(size_t at) {
-  // the last layers serve all images at once
-  const size_t end = image + 1 < images_ ? weights.fc_at : weights.arena.taken();
-  asked_ = std::max(asked_, at);
-  ask_until_ = std::min(end, at + AHEAD);
-}
-
-Ahead* Pass::ahead() {
-  if (ahead_.at >= ahead_.end && asked_ < ask_until_) {
-    const auto range = weights.arena.range(asked_, ask_until_);
-    asked_ += range.size();
-    ahead_ = {range.data() + 64 * worker.rank, range.data() + range.size(), ptrdiff_t(64) * worker.size};
-  }
-  return &ahead_;
-}
-
 // Row `row` of the image to where the stem reads it; zeros above and below the image
 void Pass::image_row(const Images& images, int row) {
   const int W = images.width, channels = images.channels;
@@ -126,89 +104,6 @@ void Pass::stem(const Images& images, int first, int last) {
     network.kernels.stem(s, out.width, out.data + y * out.row, out.block);
   }
   mark("stem", 9.0 * s.channels * s.outputs * out.width * (last - first));
-}
-
-// A pointwise layer from `flat` to positions [begin, end) of a map
-void Pass::pointwise(const Pointwise& layer, const Offsets& offsets, Map& out, const Map* residual, bool half,
-                     int begin, int end, bool by_panels) {
-  const void* in = layer.half() ? static_cast<const void*>(space.flat.half) : space.flat.data;
-  if (layer.groups.size() > 1) return grouped(layer, offsets, in, out, residual, half, begin, end);
-  Products products = layer.groups[0].products;
-  products.offsets = offsets[0].data();
-  products.ahead = ahead();
-  Epilogue e;
-  e.bias = layer.bias;
-  e.width = out.width;
-  e.out = out.data;
-  e.out_block = out.block;
-  e.out_row = out.row;
-  if (residual) {
-    e.residual = residual->data;
-    e.residual_block = residual->block;
-    e.residual_row = residual->row;
-  }
-  if (half) {
-    e.half = out.half;
-    e.half_block = out.half_block;
-  }
-  int first = 0, last = panel_count(products.vectors);
-  if (by_panels) worker.share(last, 1, &first, &last);
-  network.kernels.pointwise(products, e, in, BLOCK, begin, end, first, last);
-}
-
-// Group by group for a few positions, and then their channels in the order of the map
-void Pass::grouped(const Pointwise& layer, const Offsets& offsets, const void* in, Map& out, const Map* residual,
-                   bool half, int begin, int end) {
-  constexpr int chunk = GROUPED_CHUNK;
-  const int each = layer.outputs / int(layer.groups.size());
-  float* made = space.scratch[worker.rank].grouped;
-  float ordered[MAX_GROUPED + 4 * BLOCK] = {};
-  const size_t element = layer.half() ? 2 : 4;
-  for (int at = begin; at < end; at += chunk) {
-    const int count = std::min(chunk, end - at);
-    for (size_t g = 0; g < layer.groups.size(); ++g) {
-      Products products = layer.groups[g].products;
-      products.offsets = offsets[g].data();
-      products.ahead = ahead();
-      Epilogue e;
-      e.bias = layer.bias + ptrdiff_t(g) * layer.group_blocks * BLOCK;
-      e.width = count;
-      e.out = made + ptrdiff_t(g) * layer.group_blocks * chunk * BLOCK;
-      e.out_block = ptrdiff_t(chunk) * BLOCK;
-      network.kernels.pointwise(products, e, static_cast<const char*>(in) + size_t(at) * BLOCK * element, BLOCK, 0,
-                                count, 0, panel_count(products.vectors));
-    }
-    int y = at / out.width, x = at % out.width;
-    for (int p = 0; p < count; ++p) {
-      float* to = out.data + y * out.row + x * BLOCK;
-      const float* add = residual ? residual->data + y * residual->row + x * BLOCK : nullptr;
-      // Whole blocks are moved: what is too much of a group gives way to the next one, and is zero at the end
-      for (int b = 0; b < layer.group_blocks; ++b) {
-        const float* from = made + (ptrdiff_t(b) * chunk + p) * BLOCK;
-        const ptrdiff_t group = ptrdiff_t(layer.group_blocks) * chunk * BLOCK;
-        float* to_all = ordered + 4 * b * BLOCK;
-        for (int n = 0; layer.shuffled && n < BLOCK; ++n) {
-          for (int g = 0; g < 4; ++g) to_all[4 * n + g] = from[g * group + n];
-        }
-      }
-      for (int g = 0; !layer.shuffled && g < 4; ++g) {
-        for (int b = 0; b < layer.group_blocks; ++b) {
-          const float* from = made + (ptrdiff_t(g * layer.group_blocks + b) * chunk + p) * BLOCK;
-          std::copy_n(from, BLOCK, ordered + g * each + b * BLOCK);
-        }
-      }
-      for (int b = 0; b < out.blocks; ++b) {
-        for (int i = 0; i < BLOCK; ++i)
-          to[b * out.block + i] = ordered[b * BLOCK + i] + (add ? add[b * residual->block + i] : 0.0f);
-      }
-      if (++x == out.width) x = 0, ++y;
-    }
-  }
-  if (!half) return;
-  for (int b = 0; b < out.blocks; ++b) {
-    network.kernels.to_half(out.data + b * out.block + ptrdiff_t(begin) * BLOCK, ptrdiff_t(end - begin) * BLOCK,
-                            out.half + b * out.half_block + ptrdiff_t(begin) * BLOCK);
-  }
 }
 
 void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_row, const Map& out, int block,
