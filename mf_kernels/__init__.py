@@ -6,6 +6,7 @@ Knows nothing of the model. Importing this loads no compiled library; the first 
 from mf_kernels import reference
 from mf_kernels._registry import KernelFallbackWarning, KernelRecord, record_kernels, use_backend
 from mf_kernels._status import status
+from mf_kernels.ops.batch_norm_activation import batch_norm_activation
 from mf_kernels.ops.depthwise_conv2d import depthwise_conv2d
 from mf_kernels.ops.depthwise_dynamic_relu import depthwise_dynamic_relu
 from mf_kernels.ops.dynamic_relu import dynamic_relu, dynamic_relu_
@@ -17,6 +18,7 @@ from mf_kernels.ops.token_side import token_side
 __all__ = [
     "KernelFallbackWarning",
     "KernelRecord",
+    "batch_norm_activation",
     "depthwise_conv2d",
     "depthwise_dynamic_relu",
     "dynamic_relu",

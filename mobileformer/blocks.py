@@ -115,6 +115,13 @@ def depthwise_with_relu(depthwise: ConvNorm, x: Tensor, theta: Tensor) -> Tensor
     return mf_kernels.depthwise_dynamic_relu(x, weight, bias, theta, stride=depthwise.stride)
 
 
+def convolve_with_relu(conv: ConvNorm, relu: DynamicReLU, x: Tensor, tokens: Tensor, mix: Tensor | None) -> Tensor:
+    """relu(conv(x), tokens, mix); in training norm and ReLU are one operator, unless somebody is at either of them."""
+    if mix is None and is_untouched(relu, DynamicReLU) and is_untouched(conv, ConvNorm) and conv.joins_relu:
+        return conv(x, relu.logits(tokens[:, 0]))
+    return relu(conv(x), tokens, mix)
+
+
 class SameBlock(TokenBlock):
     """Pointwise expansion, depthwise, pointwise, at the same resolution; skip where the width stays."""
 
@@ -156,8 +163,8 @@ class SameBlock(TokenBlock):
         if self.spatial_dynamic_relu:
             mix = self.mobile_to_former.token_mix(x, tokens, (x.shape[2], x.shape[3]))
         tokens = self.former(self.mobile_to_former(x, tokens))
-        y = self.expand_relu(self.expand(x), tokens, mix)
-        y = self.depthwise_relu(self.depthwise(y), tokens, mix)
+        y = convolve_with_relu(self.expand, self.expand_relu, x, tokens, mix)
+        y = convolve_with_relu(self.depthwise, self.depthwise_relu, y, tokens, mix)
         y = self.project(y)
         if self.has_skip:
             y = x + self.drop_path(y)
@@ -228,9 +235,9 @@ class DownBlock(TokenBlock):
         if self.spatial_dynamic_relu:
             mix = self.mobile_to_former.token_mix(x, tokens, ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2))
         tokens = self.former(self.mobile_to_former(x, tokens))
-        y = self.down_relu(self.down(x), tokens, mix)
+        y = convolve_with_relu(self.down, self.down_relu, x, tokens, mix)
         middle = self.squeeze(y)
-        y = self.expand_relu(self.expand(middle), tokens, mix)
+        y = convolve_with_relu(self.expand, self.expand_relu, middle, tokens, mix)
         y = middle + self.drop_path(self.project(y))
         return self.former_to_mobile(y, tokens), tokens
 

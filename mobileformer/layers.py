@@ -159,15 +159,53 @@ class ConvNorm(KernelModule):
         self.shuffle = shuffle
         nn.init.normal_(self.conv.weight, std=math.sqrt(2.0 / (kernel_size**2 * out_channels)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, theta: Tensor | None = None) -> Tensor:
+        """With `theta` (B,2C'), for which see `joins_relu`, a dynamic ReLU takes the activation's place."""
         if self.foldable:
             y = self._convolve(x, *self.folded(), self.activation)
         else:
             conv = self.conv
             operator = self.use_fused and is_untouched(conv, nn.Conv2d)
-            y = self.norm(self._convolve(x, conv.weight, None, "identity") if operator else conv(x))
-            y = F.relu6(y) if self.activation == "relu6" else y
+            y = self._convolve(x, conv.weight, None, "identity") if operator else conv(x)
+            if self._joins_activation:
+                y = self._normalize(y, theta)
+            else:
+                y = self.norm(y)
+                y = F.relu6(y) if self.activation == "relu6" else y
         return channel_shuffle(y, self.shuffle) if self.shuffle > 1 else y
+
+    @property
+    def joins_relu(self) -> bool:
+        """Whether this is training, fused, and the dynamic ReLU behind it may be given as `theta`."""
+        return self.shuffle == 1 and self._joins_activation
+
+    @property
+    def _joins_activation(self) -> bool:
+        norm = self.norm
+        return (
+            self.use_fused
+            and norm.training
+            and is_untouched(norm, nn.BatchNorm2d)
+            and norm.affine
+            and norm.track_running_stats
+            and norm.momentum is not None
+        )
+
+    def _normalize(self, y: Tensor, theta: Tensor | None) -> Tensor:
+        """What calling the norm in training does, and the activation."""
+        norm = self.norm
+        cast(Tensor, norm.num_batches_tracked).add_(1)
+        return mf_kernels.batch_norm_activation(
+            y,
+            norm.weight,
+            norm.bias,
+            cast(Tensor, norm.running_mean),
+            cast(Tensor, norm.running_var),
+            theta=theta,
+            activation=self.activation,
+            momentum=cast(float, norm.momentum),
+            eps=norm.eps,
+        )
 
     @property
     def foldable(self) -> bool:

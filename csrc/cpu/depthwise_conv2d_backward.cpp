@@ -89,10 +89,9 @@ class BackwardStrips {
 
  public:
   explicit BackwardStrips(const DepthwiseShape& of)
-      : shape(of), strip(of.backward_strip(lanes * sizeof(A))), g_rows(strip + 2 * halo),
-        x_rows((g_rows - 1) * S + K), g_row((of.OW + 2 * halo) * lanes), x_row((of.W + 2 * pad) * lanes),
-        d_row(of.W * lanes), g_memory(g_rows * g_row), x_memory(x_rows * x_row), d_memory(strip * S * d_row),
-        z(of.OW * lanes) {
+      : shape(of), strip(of.backward_strip(lanes * sizeof(A))), g_rows(strip + 2 * halo), x_rows((g_rows - 1) * S + K),
+        g_row((of.OW + 2 * halo) * lanes), x_row((of.W + 2 * pad) * lanes), d_row(of.W * lanes),
+        g_memory(g_rows * g_row), x_memory(x_rows * x_row), d_memory(strip * S * d_row), z(of.OW * lanes) {
     for (int64_t i = 0; i < g_rows * g_row; ++i) g_memory[i] = 0;
     for (int64_t i = 0; i < x_rows * x_row; ++i) x_memory[i] = 0;
   }

@@ -144,13 +144,6 @@ namespace {
 
 constexpr int64_t GRAIN = 16384;  // values that are worth a thread
 
-// d_theta of one slope, 2 hsig(theta) + const; 0 where the hard sigmoid is flat, even if the slope's gradient is not finite
-template <class A>
-A slope_gradient(A d_slope, A theta) {
-  const A steepness = A(2) * hard_sigmoid_slope(theta);
-  return steepness == A(0) ? A(0) : d_slope * steepness;
-}
-
 void dynamic_relu_into(const FeatureMap& y, const FeatureMap& x, const Tensor& theta) {  // theta (B, 2C)
   const int64_t B = x.batch, C = x.channels, L = x.positions();
   count_served(Kernel::dynamic_relu_fwd);

@@ -9,9 +9,10 @@ namespace {
 
 constexpr const char* ISA_NAMES[ISA_COUNT] = {"baseline", "avx2", "avx512"};
 constexpr const char* KERNEL_NAMES[KERNEL_COUNT] = {
-    "mobile_to_former_fwd",   "mobile_to_former_bwd", "former_to_mobile_fwd", "former_to_mobile_bwd",
-    "dynamic_relu_fwd",       "dynamic_relu_bwd",     "depthwise_conv2d_fwd", "depthwise_conv2d_bwd",
-    "depthwise_dynamic_relu", "token_side",           "fold_batch_norm",
+    "mobile_to_former_fwd",      "mobile_to_former_bwd", "former_to_mobile_fwd", "former_to_mobile_bwd",
+    "dynamic_relu_fwd",          "dynamic_relu_bwd",     "depthwise_conv2d_fwd", "depthwise_conv2d_bwd",
+    "depthwise_dynamic_relu",    "token_side",           "fold_batch_norm",      "batch_norm_activation_fwd",
+    "batch_norm_activation_bwd",
 };
 
 std::atomic<uint64_t> calls[KERNEL_COUNT][ISA_COUNT];

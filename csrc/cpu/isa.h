@@ -20,8 +20,10 @@ enum class Kernel : int {
   depthwise_dynamic_relu,
   token_side,
   fold_batch_norm,
+  batch_norm_activation_fwd,
+  batch_norm_activation_bwd,
 };
-constexpr int KERNEL_COUNT = 11;
+constexpr int KERNEL_COUNT = 13;
 
 // The best instruction set that was compiled and that this CPU has, or the one that was asked for by
 // mf_kernels_cpu_set_isa (which is how MF_KERNELS_ISA comes in).

@@ -13,6 +13,7 @@
 #include "cpu/simd.h"
 #include "cpu/tile.h"
 #include "cpu/token_products.h"
+#include "cpu/mobile_to_former_few.h"
 
 namespace mf::MF_ISA {
 
@@ -21,11 +22,15 @@ template <class T>
 void mobile_to_former_span(Accumulator<T>* partial,  // [M][E + 2]: weighted sum, maximum (base 2), sum
                            const Accumulator<T>* q,  // [M][E], times scale * log2(e)
                            const T* x,               // first channel of the head, first position of the span
-                           int64_t M, int64_t E, int64_t count, int64_t channel_stride, int64_t position_stride) {
+                           int64_t M, int64_t E, int64_t count, int64_t channel_stride, int64_t position_stride,
+                           Accumulator<T>* memory) {  // of one task
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;
+  if (channel_stride == 1 && count <= FEW_POSITIONS) {
+    return mobile_to_former_few<T>(partial, q, x, M, E, count, position_stride);
+  }
   const int P = tile_positions<A>(E, count);
-  Scratch<A> tile(E * P), weights(M * P), gathered(M * E);
+  A *tile = memory, *weights = tile + E * P, *gathered = weights + M * P;
   A highest[MAX_TOKENS];
   Vector<A> total[MAX_TOKENS];
   for (int64_t m = 0; m < M; ++m) highest[m] = -INFINITY, total[m] = Vector<A>{};
@@ -73,11 +78,15 @@ void mobile_to_former_span_backward(
     const Accumulator<T>* statistics,  // [M][2]: maximum of the scores (base 2), sum of terms
     const Accumulator<T>* out,         // [M][E]
     const T* x, int64_t M, int64_t E, int64_t count, Accumulator<T> scale, int64_t channel_stride,
-    int64_t position_stride) {
+    int64_t position_stride, Accumulator<T>* memory) {  // of one task
   using A = Accumulator<T>;
   constexpr int lanes = LANES<A>;
+  if (channel_stride == 1 && count <= FEW_POSITIONS) {
+    return mobile_to_former_few_backward<T>(d_q_partial, d_x, q_base2, q, d_out, statistics, out, x, M, E, count, scale,
+                                            position_stride);
+  }
   const int P = tile_positions<A>(E, count);
-  Scratch<A> tile(E * P), d_tile(E * P), weights(M * P), d_scores(M * P);
+  A *tile = memory, *d_tile = tile + E * P, *weights = d_tile + E * P, *d_scores = weights + M * P;
   A delta[MAX_TOKENS];  // sum_c d_out out, in the order of rows_dot_tile: a saturated softmax then cancels to exactly 0
   for (int64_t m = 0; m < M; ++m) {
     Vector<A> sum{};
@@ -121,6 +130,13 @@ void mobile_to_former_span_backward(
 namespace mf {
 namespace {
 
+// Room for the tiles, weights and sums of one task, whatever the instruction set takes for a tile
+int64_t task_memory(const AttentionProblem& p) {
+  constexpr int64_t most_lanes = 16, most_positions = 256;
+  const int64_t positions = ceil_div(std::min(p.L, most_positions), most_lanes) * most_lanes;
+  return 2 * (p.E + p.M) * positions + p.M * p.E;
+}
+
 std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_t num_heads) {
   const FeatureMap x = feature_map(x_in);
   const Tensor q = as_contiguous(q_in);  // (B, M, C)
@@ -137,23 +153,23 @@ std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_
     A* statistics_data = mutable_data<A>(statistics);
     Scratch<A> partials(p.tasks() * p.M * (p.E + 2));
     torch::stable::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
-      Scratch<A> rows(p.M * p.E);
+      Scratch<A> rows(p.M * p.E), memory(task_memory(p));
       for (int64_t i = begin; i < end; ++i) {
         const auto [b, n, first, count] = p.task(i);
         take_head<T>(rows, q_data, p, b, n, scale * A(LOG2_E));
         const T* source = x_data + x.offset(b, n * p.E, first);
         A* partial = partials + i * p.M * (p.E + 2);
-        MF_CALL(
-            mobile_to_former_span<T>(partial, rows, source, p.M, p.E, count, x.channel_stride(), x.position_stride()));
+        MF_CALL(mobile_to_former_span<T>(partial, rows, source, p.M, p.E, count, x.channel_stride(),
+                                         x.position_stride(), memory));
       }
     });
+    Scratch<A> gathered(p.E);
     for (int64_t row = 0; row < p.B * p.N * p.M; ++row) {  // merge the spans
       const int64_t m = row % p.M, n = row / p.M % p.N, b = row / p.M / p.N;
       const A* first = partials + ((b * p.N + n) * p.spans * p.M + m) * (p.E + 2);
       const int64_t stride = p.M * (p.E + 2);  // from one span to the next
       A highest = -INFINITY, total = 0;
       for (int64_t s = 0; s < p.spans; ++s) highest = std::max(highest, first[s * stride + p.E]);
-      Scratch<A> gathered(p.E);
       for (int64_t e = 0; e < p.E; ++e) gathered[e] = 0;
       for (int64_t s = 0; s < p.spans; ++s) {
         const A correction = highest == -INFINITY ? A(1) : std::exp2(first[s * stride + p.E] - highest);
@@ -187,6 +203,7 @@ std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Te
     Scratch<A> partials(p.tasks() * p.M * p.E);
     torch::stable::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
       Scratch<A> rows_base2(p.M * p.E), rows(p.M * p.E), d_rows(p.M * p.E), out_rows(p.M * p.E);
+      Scratch<A> memory(task_memory(p));
       for (int64_t i = begin; i < end; ++i) {
         const auto [b, n, first, count] = p.task(i);
         take_head<T>(rows_base2, q_data, p, b, n, scale * A(LOG2_E));
@@ -196,7 +213,8 @@ std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Te
         const int64_t offset = x.offset(b, n * p.E, first);
         MF_CALL(mobile_to_former_span_backward<T>(partials + i * p.M * p.E, d_x_data + offset, rows_base2, rows, d_rows,
                                                   statistics_data + (b * p.N + n) * p.M * 2, out_rows, x_data + offset,
-                                                  p.M, p.E, count, scale, x.channel_stride(), x.position_stride()));
+                                                  p.M, p.E, count, scale, x.channel_stride(), x.position_stride(),
+                                                  memory));
       }
     });
     sum_spans<T>(d_q_data, partials, p);
