@@ -13,6 +13,7 @@ import pytest
 import torch
 from cli_support import make_files, run, run_json
 from engine_support import needs_engine
+from PIL import Image
 
 import mobileformer
 from mobileformer.cli import contenders
@@ -155,8 +156,17 @@ def test_wrong_gradients_are_not_timed() -> None:
     assert wrong["min_ms"] is None
 
 
-def test_demo_shows_agreement_and_no_classes() -> None:
-    report = run_json("demo", "--variant", "26m", "--repeats", 1)
+@pytest.fixture
+def sheet(tmp_path: Path) -> tuple[str, Path]:
+    return "--sheet", tmp_path / "sheet.png"
+
+
+def test_demo_classifies_and_races(sheet: tuple[str, Path]) -> None:
+    report = run_json("demo", *sheet, "--variant", "26m", "--repeats", 1)
+    assert len(report["classified"]) == 12
+    assert sum(row["truth"] == row["prediction"] for row in report["classified"]) >= 10
+    with Image.open(sheet[1]) as picture:
+        assert picture.format == "PNG"
     assert Path(report["image"]) == sample_photo()
     assert {row["name"] for row in report["contenders"]} == {
         "eager",
@@ -165,15 +175,18 @@ def test_demo_shows_agreement_and_no_classes() -> None:
         "fused inference",
     }
     assert all(row["relative_logit_difference"] < 1e-9 for row in report["contenders_float64"])
-    told = run("demo", sample_photo(), "--variant", "26m", "--repeats", 1).stdout
-    for words in ("random", "no class", "fused inference", "float64", "chelsea.jpg"):
-        assert words in told
-    assert "no such file" in run_json("demo", "missing.jpg", "--variant", "26m", code=1)["error"]
+    told = run("demo", sample_photo(), *sheet, "--variant", "26m", "--repeats", 1)
+    for words in ("of 12 right", "Ankle boot", "random", "fused inference", "float64", "chelsea.jpg"):
+        assert words in told.stdout
+    assert f"written: {sheet[1]}" in told.stderr
+    assert "no such file" in run_json("demo", "missing.jpg", *sheet, "--variant", "26m", code=1)["error"]
+    nowhere = run_json("demo", "--sheet", sheet[1].parent / "no" / "sheet.png", code=1)["error"]
+    assert "--sheet: path: the folder" in nowhere
 
 
-def test_demo_fails_when_paths_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_fails_when_paths_disagree(monkeypatch: pytest.MonkeyPatch, sheet: tuple[str, Path]) -> None:
     monkeypatch.setitem(contenders.LOGIT_BOUNDS, torch.float64, 0.0)
-    result = run("demo", "--variant", "26m", "--repeats", 1, code=1)
+    result = run("demo", *sheet, "--variant", "26m", "--repeats", 1, code=1)
     assert "error: float64 fused: logits are off" in result.stderr
     assert "Off in float64: see errors" in " ".join(result.stdout.split())
 

@@ -10,6 +10,7 @@ import torch
 from cli_support import NAMES, expected, make_files, run, run_json
 
 import mobileformer
+from mobileformer.pretrained import sample_images, shipped_weights
 
 # Without the compiled library the commands run on the reference and say so; the rest is the same.
 pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarning")
@@ -83,12 +84,17 @@ def test_predict_reports_bad_files_and_does_the_rest(folder: Path, tmp_path: Pat
     assert "4 of 5 failed" in result.stderr
 
 
-def test_predict_without_weights_says_how_to_get_them(folder: Path) -> None:
-    result = run("predict", folder / "images" / "b.png", code=1)
-    assert result.stdout == ""
-    for words in ("--weights", "mobileformer convert", "save_weights", "random"):
-        assert words in result.stderr
-    assert "--weights" in run_json("predict", folder / "images" / "b.png", code=1)["error"]
+def test_predict_without_weights_takes_those_of_the_package(tmp_path: Path) -> None:
+    """They were trained on these classes, never on these images; and it is said which weights they are."""
+    samples = sample_images()
+    for number, (picture, _) in enumerate(samples):
+        picture.save(tmp_path / f"{number:02}.png")
+    result = run("predict", tmp_path, "--json")
+    assert "without --weights: the 52m in the package, trained on Fashion-MNIST" in result.stderr
+    answers = json.loads(result.stdout)
+    assert answers["weights"] == str(shipped_weights())
+    guesses = [answer["predictions"][0]["label"] for answer in answers["results"]]
+    assert sum(guess == truth for guess, (_, truth) in zip(guesses, samples, strict=True)) >= 10
 
 
 def test_predict_grey_weights_take_colour_images(folder: Path) -> None:

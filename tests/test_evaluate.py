@@ -311,7 +311,7 @@ def test_for_people_and_as_a_picture(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_the_command_cannot_do(folder: Path, tmp_path: Path) -> None:
-    assert "--weights FILE is needed" in run_json("evaluate", folder / "data", code=1)["error"]
+    assert "trained on Fashion-MNIST" in run("evaluate", folder / "data", code=1).stderr
     weights = folder / "ours.safetensors"
     nowhere = run_json("evaluate", tmp_path / "nowhere", "--weights", weights, code=1)
     assert "nowhere: no such file or folder" in nowhere["error"]

@@ -20,7 +20,7 @@ from mobileformer.cli.output import (
     print_table,
     progress,
 )
-from mobileformer.cli.weights import HOW_TO_GET_WEIGHTS, SizeOption, input_view, read_labels
+from mobileformer.cli.weights import SizeOption, WeightsOption, chosen_weights, input_view, read_labels
 
 if TYPE_CHECKING:
     from mobileformer.evaluation import Report, Score
@@ -37,7 +37,7 @@ def evaluate(
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Image folder, folder of IDX files, or shards, as for train.")
     ],
-    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights, ours, published or folded.")] = None,
+    weights: WeightsOption = None,
     split: Annotated[Literal["train", "val"], typer.Option(help="Which images.")] = "val",
     batch: Annotated[int, typer.Option(min=1, help="Images in one call of the network.")] = 64,
     size: SizeOption = None,
@@ -67,8 +67,7 @@ def evaluate(
     With --compare the exit code is 1 where the paths differ by more than rounding.
     """
     with command(as_json):
-        if weights is None:
-            raise CommandError(HOW_TO_GET_WEIGHTS)
+        weights = chosen_weights(weights)
         if compare and path is not None:
             raise typer.BadParameter("--compare runs all of them", param_hint="--path")
         if confusion is not None and confusion.suffix.lower() != ".png":

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mobileformer.cli.output import (
-    CommandError,
     JsonOption,
     check_device,
     command,
@@ -21,9 +20,10 @@ from mobileformer.cli.output import (
     progress,
 )
 from mobileformer.cli.weights import (
-    HOW_TO_GET_WEIGHTS,
     InputView,
     SizeOption,
+    WeightsOption,
+    chosen_weights,
     input_view,
     open_metadata,
     open_model,
@@ -43,9 +43,7 @@ def predict(
         list[str],
         typer.Argument(metavar="IMAGE", help="Files, folders (searched to the bottom), patterns."),
     ],
-    weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Our safetensors, or a published checkpoint.")
-    ] = None,
+    weights: WeightsOption = None,
     labels: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Class names: one a line, or a list in a .json file.")
     ] = None,
@@ -63,8 +61,7 @@ def predict(
     Transparent pixels count as white. A bad file is reported and the rest is done; the exit code is then 1.
     """
     with command(as_json):
-        if weights is None:
-            raise CommandError(HOW_TO_GET_WEIGHTS)
+        weights = chosen_weights(weights)
         check_device(device)
         metadata = open_metadata(weights)
         names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mobileformer.cli.output import CommandError, JsonOption, command, note, print_json, print_table
-from mobileformer.cli.weights import HOW_TO_GET_WEIGHTS, InputView, SizeOption, input_view, open_metadata, open_model
+from mobileformer.cli.weights import (
+    InputView,
+    SizeOption,
+    WeightsOption,
+    chosen_weights,
+    input_view,
+    open_metadata,
+    open_model,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +30,7 @@ __all__ = ["visualize"]
 
 def visualize(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="One image file.")],
-    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Weights, ours or published.")] = None,
+    weights: WeightsOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -44,8 +52,7 @@ def visualize(
     The attention is computed by the reference path in plain PyTorch: fused kernels never hold it in memory.
     """
     with command(as_json):
-        if weights is None:
-            raise CommandError(HOW_TO_GET_WEIGHTS)
+        weights = chosen_weights(weights)
         if out is None and page is None:
             out = Path(f"{image.stem}-attention.png")
         _check_targets(out, page, image, weights)

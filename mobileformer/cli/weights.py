@@ -9,35 +9,32 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mobileformer.cli.output import CommandError
+from mobileformer.cli.output import CommandError, note
 
 if TYPE_CHECKING:
     from mobileformer import Metadata, Model
 
 __all__ = [
-    "HOW_TO_GET_WEIGHTS",
     "InputView",
     "SizeOption",
+    "WeightsOption",
+    "chosen_weights",
     "input_view",
     "open_metadata",
     "open_model",
     "read_labels",
 ]
 
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Our safetensors, or a published checkpoint; else the weights in the package (clothing)."
+    ),
+]
 SizeOption = Annotated[
     int | None,
     typer.Option(min=32, help="Side of the square the network sees, in pixels; else what the weight file says."),
 ]
-
-HOW_TO_GET_WEIGHTS = """\
---weights FILE is needed: without trained weights every answer would be a random one.
-No weights come with this package.
-  Published (ImageNet-1k): download mobile-former-294m.pth.tar, or another variant, linked in the README of
-  https://github.com/AAboys/MobileFormer, then
-      mobileformer convert mobile-former-294m.pth.tar 294m.safetensors
-      mobileformer predict IMAGE --weights 294m.safetensors
-  Your own: train a mobileformer.Model and write it with
-      mobileformer.save_weights(model, "mine.safetensors")"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +45,16 @@ class InputView:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_fraction: float
+
+
+def chosen_weights(weights: Path | None) -> Path:
+    """The file that was given, or the package's own, which is then told: they know ten kinds of clothing alone."""
+    from mobileformer.pretrained import shipped_weights
+
+    if weights is not None:
+        return weights
+    note("without --weights: the 52m in the package, trained on Fashion-MNIST, ten kinds of clothing on black")
+    return shipped_weights()
 
 
 def input_view(metadata: Metadata, weights: Path, size: int | None) -> InputView:

@@ -129,13 +129,20 @@ class _Run:
                 while progress.epoch < recipe.total_epochs:
                     self._epoch()
             result = self._result()
+            if self.world.leads:
+                self._draw()
         finally:
             self.log.close()
         if self.world.leads:
-            draw_curves(self.options.output / "log.jsonl", self.options.output / "curves.png")
             with replacing(self.options.output / "result.json") as temporary:
                 temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         return result
+
+    def _draw(self) -> None:
+        try:
+            draw_curves(self.options.output / "log.jsonl", self.options.output / "curves.png")
+        except ImportError:
+            self.log.say("matplotlib is not installed (pip install 'mobileformer[train]'): curves.png is not drawn")
 
     def _epoch(self) -> None:
         recipe, progress, share = self.recipe, self.progress, self.recipe.slots // self.world.size
