@@ -1,12 +1,14 @@
 """Whole networks: inference at batch 1 and 8 of 224 x 224, a training step of 16 images of 128 x 128.
 
 The same contenders, checks and bounds as `mobileformer bench`, all seven variants. A training step is forward, cross
-entropy, backward and AdamW. torch.compile is for 294m and with --with-compile only.
+entropy, backward and AdamW. 52m also has that of its recipe for Fashion-MNIST: 128 grey images of 64 x 64, 10 classes.
+torch.compile is for 294m and with --with-compile only.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import harness
 import pytest
@@ -21,7 +23,13 @@ from mobileformer.published import MADDS
 DTYPE = torch.float32
 COMPILED = "294m"
 # (what, batch, side of an image) -> rounds of COMPILED and of the others
-TASKS = {("inference", 1, 224): (20, 15), ("inference", 8, 224): (10, 6), ("training", 16, 128): (6, 4)}
+TASKS = {
+    ("inference", 1, 224): (20, 15),
+    ("inference", 8, 224): (10, 6),
+    ("training", 16, 128): (6, 4),
+    ("training", 128, 64): (6, 6),
+}
+RECIPE_SIDE, RECIPE_VARIANT = 64, "52m"
 # contender's name -> backend, layout
 NAMES = {
     "eager": (harness.EAGER, "contiguous"),
@@ -37,9 +45,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     rows = []
     for device in harness.devices(options.device):
         for what, batch, side in TASKS:
-            for variant in mobileformer.VARIANTS:
+            for variant in [RECIPE_VARIANT] if side == RECIPE_SIDE else mobileformer.VARIANTS:
                 for name in contenders(variant, what, options.with_compile):
-                    label = f"{variant}-{what}-batch{batch}-{device}-{name.replace(' ', '_')}"
+                    label = f"{variant}-{what}-batch{batch}-{side}-{device}-{name.replace(' ', '_')}"
                     rows.append(pytest.param(variant, what, batch, side, device, name, id=label))
     metafunc.parametrize(("variant", "what", "batch", "side", "device", "name"), rows)
 
@@ -68,8 +76,9 @@ def test_network(
 def measured(variant: str, what: str, batch: int, side: int, device: str, with_compile: bool) -> dict[str, Row]:
     """All contenders of one group, checked, and those that are right timed in turns."""
     torch.compiler.reset()
-    x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-    trial = Trial(variant, x, dtype=DTYPE, device=device, train=what == "training")
+    channels, classes = (1, 10) if side == RECIPE_SIDE else (3, 1000)
+    x = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0))
+    trial = Trial(variant, x, dtype=DTYPE, device=device, train=what == "training", num_classes=classes)
     trial.add(*contenders(variant, what, with_compile))
     trial.check()
     for contender in trial.contenders:
@@ -77,7 +86,7 @@ def measured(variant: str, what: str, batch: int, side: int, device: str, with_c
     trial.time(TASKS[what, batch, side][0 if variant == COMPILED else 1])
     rows = {}
     for contender in trial.contenders:
-        facts = _facts(contender, variant, what, batch, side, device)
+        facts = _facts(contender, variant, what, (batch, channels, side, side), device)
         run = trial.runner(contender)
         rows[contender.name] = Row(facts, run=run, error=contender.error, timing=contender.timing)
     return rows
@@ -92,16 +101,19 @@ def _hold_to_kernels(contender: Contender, device: str) -> None:
         contender.error = f"expected {'kernels only' if is_fused else 'no kernel'} to serve, got {served}"
 
 
-def _facts(contender: Contender, variant: str, what: str, batch: int, side: int, device: str) -> dict[str, object]:
+def _facts(
+    contender: Contender, variant: str, what: str, shape: tuple[int, int, int, int], device: str
+) -> dict[str, object]:
+    """shape: (B, C, H, W) of the images."""
     backend, layout = NAMES[contender.name]
-    outputs = 1000
+    batch, outputs = shape[0], 1000
     weights = sum(parameter.numel() for parameter in contender.parameters)
     madds = MADDS[variant]["conv+linear+matmul"] * 1e6 * batch
     inference = what == "inference"  # the counts are of one forward pass at 224 x 224
     return {
         "suite": "model",
         "op": "network",
-        "case": f"{variant}-{batch}x3x{side}x{side}",
+        "case": f"{variant}-{'x'.join(map(str, shape))}",
         "variants": variant,
         "direction": what,
         "batch": batch,
@@ -110,7 +122,7 @@ def _facts(contender: Contender, variant: str, what: str, batch: int, side: int,
         "layout": layout,
         "dtype": str(DTYPE).removeprefix("torch."),
         # The least that any program moves: weights, image and logits once. Maps between layers could stay on chip.
-        "bytes": (weights + batch * (3 * side * side + outputs)) * DTYPE.itemsize if inference else None,
+        "bytes": (weights + batch * (math.prod(shape[1:]) + outputs)) * DTYPE.itemsize if inference else None,
         "flops": round(2 * madds) if inference else None,
         "kernel": ", ".join(f"{count} {kernel}" for kernel, count in contender.kernels.items()) or None,
         "logits_off_by": contender.difference.relative if contender.difference else None,

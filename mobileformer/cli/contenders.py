@@ -77,11 +77,12 @@ class Trial:
         device: str = "cpu",
         train: bool = False,
         seed: int = 0,
+        num_classes: int = 1000,
     ) -> None:
         self.dtype, self.device, self.train = dtype, torch.device(device), train
         self.contenders: list[Contender] = []
         self._variant = variant
-        self._plain = mobileformer.Model(variant, in_chans=x.shape[1], use_fused=False)
+        self._plain = mobileformer.Model(variant, num_classes=num_classes, in_chans=x.shape[1], use_fused=False)
         lively_weights_(self._plain, seed)
         self._x = x.to(self.device, dtype)
         self._target = torch.arange(len(x), device=self.device) * 97 % self._plain.num_classes
@@ -98,7 +99,8 @@ class Trial:
                 self.contenders.append(Contender(name, self._runtime(name), [], self._x))
                 continue
             if name.startswith("fused"):
-                model = mobileformer.Model(self._variant, in_chans=self._x.shape[1], use_fused=True)
+                plain = self._plain
+                model = mobileformer.Model(self._variant, num_classes=plain.num_classes, in_chans=plain.in_chans)
                 mobileformer.load_weights(model, self._plain.state_dict())
             model = copy.deepcopy(model).to(self.device, self.dtype).train(self.train)
             x, network = self._x, model
