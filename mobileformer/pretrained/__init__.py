@@ -1,8 +1,7 @@
 """Weights that come with the package, and a few images they have never been trained on. Needs Pillow, not torch.
 
-    52m-fashion-mnist.safetensors   Mobile-Former 52M, one channel, ten classes, values in half precision
-    52m-fashion-mnist.json          how it was trained and what `mobileformer evaluate` says of it
-    fashion-mnist-test.png          the first twelve images of the test set, whatever the network makes of them
+52m-fashion-mnist.safetensors   Mobile-Former 52M, one channel, ten classes, values in half precision
+fashion-mnist-test.png          the first twelve images of the test set, whatever the network makes of them
 """
 
 from __future__ import annotations
@@ -32,6 +31,4 @@ def sample_images() -> list[tuple[Image.Image, str]]:
     """Twelve grey 28 x 28 images of Fashion-MNIST's test set, each with the name of what it shows."""
     with as_file(files(__name__).joinpath("fashion-mnist-test.png")) as path, Image.open(path) as strip:
         strip.load()
-        return [
-            (strip.crop((_SIDE * index, 0, _SIDE * (index + 1), _SIDE)), name) for index, name in enumerate(_SHOWN)
-        ]
+        return [(strip.crop((_SIDE * index, 0, _SIDE * (index + 1), _SIDE)), name) for index, name in enumerate(_SHOWN)]
