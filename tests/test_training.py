@@ -62,7 +62,7 @@ def test_a_run_learns_and_writes_everything(tmp_path: Path) -> None:
 def test_the_log_says_which_kernels_served(tmp_path: Path, fused: bool) -> None:
     run(tmp_path, tiny(epochs=1), use_fused=fused)
     served = next(event["served"] for event in read_log(tmp_path / "log.jsonl") if event["kind"] == "kernels")
-    operators = ("mobile_to_former", "former_to_mobile", "depthwise_conv2d", "batch_norm_activation")
+    operators = ("mobile_to_former", "former_to_mobile", "dynamic_relu", "depthwise_conv2d", "batch_norm_activation")
     assert {name.split(":")[0] for name in served if ":native:" in name} == (
         {f"{name}_{way}" for name in operators for way in ("fwd", "bwd")} if fused else set()
     )

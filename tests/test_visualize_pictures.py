@@ -218,9 +218,14 @@ def test_the_command_for_people(folder: Path, tmp_path: Path, monkeypatch: pytes
     assert f"class {top['class']} {100 * top['probability']:.1f} %" in result.stdout
 
 
+def test_the_command_takes_the_weights_of_the_package(folder: Path, tmp_path: Path) -> None:
+    result = run("visualize", folder / "images" / "b.png", "-o", tmp_path / "clothing.png")
+    assert "trained on Fashion-MNIST" in result.stderr
+    assert (tmp_path / "clothing.png").exists()
+
+
 def test_the_command_refuses_what_it_cannot_do(folder: Path, tmp_path: Path) -> None:
     image, weights = folder / "images" / "b.png", folder / "plain.safetensors"
-    assert "trained on Fashion-MNIST" in run("visualize", image, "-o", tmp_path / "clothing.png").stderr
     arguments = ("visualize", image, "--weights", weights)
     assert "expected the ending .png" in run(*arguments, "-o", tmp_path / "x.jpg", code=2).stderr
     assert "expected the ending .html" in run(*arguments, "--html", tmp_path / "x.htm", code=2).stderr
