@@ -182,9 +182,9 @@ def test_tests_that_take_too_long_leave_those_that_were_done(
     )
     monkeypatch.setattr(check, "ROOT", tmp_path)
     section = gpu.Section("check", tmp_path)
-    check.tests(section, 15.0, dry=True)  # enough to start, also where others are at work
+    check.tests(section, 25.0, dry=True)  # enough to start, also where others are at work
     assert [row["label"] for row in section.rows] == ["test_quick"]
-    assert "pytest was stopped after 15 s" in section.left_out["tests"]
+    assert "pytest was stopped after 25 s" in section.left_out["tests"]
 
 
 def test_without_pytest_the_section_says_so(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
