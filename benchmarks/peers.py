@@ -11,7 +11,6 @@ Accuracy is published, at 224 x 224 unless said, and was not measured here.
 from __future__ import annotations
 
 import importlib
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mobileformer._torchvision import ensure_torchvision
 from mobileformer.files import replacing
 from mobileformer.measure import lively_weights_
 
@@ -78,7 +78,7 @@ def write_onnx(peer: Peer, folder: Path) -> Path:
 
 def _merged(model: nn.Module) -> nn.Module:
     """RepViT's branches as one, LeViT's norms in its layers. Norms after convolutions are merged by the export."""
-    _torchvision()
+    ensure_torchvision()
     from timm.utils.model import reparameterize_model
 
     return reparameterize_model(model)
@@ -86,7 +86,7 @@ def _merged(model: nn.Module) -> nn.Module:
 
 def _timm(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        _torchvision()  # timm imports it where it is installed
+        ensure_torchvision()  # timm imports it where it is installed
         return importlib.import_module("timm").create_model(name, pretrained=False)
 
     return build
@@ -94,7 +94,7 @@ def _timm(name: str) -> Callable[[], nn.Module]:
 
 def _mobilenet_v3_large(width: float) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        _torchvision()
+        ensure_torchvision()
         definitions = importlib.import_module("torchvision.models.mobilenetv3")
         blocks, last = definitions._mobilenet_v3_conf("mobilenet_v3_large", width_mult=width)
         return definitions.MobileNetV3(blocks, last)
@@ -103,32 +103,8 @@ def _mobilenet_v3_large(width: float) -> Callable[[], nn.Module]:
 
 
 def _shufflenet() -> nn.Module:
-    _torchvision()
+    ensure_torchvision()
     return importlib.import_module("torchvision.models.shufflenetv2").shufflenet_v2_x1_5(weights=None)
-
-
-_schemas: torch.library.Library | None = None  # lives as long as the operators it declares
-
-
-def _torchvision() -> None:
-    """Import torchvision beside a torch without CUDA, where its compiled library cannot load and declare operators.
-
-    Its models need none of them; only importing does.
-    """
-    global _schemas
-    if "torchvision" in sys.modules:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _schemas = torch.library.Library("torchvision", "FRAGMENT")
-        _schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
 
 
 PEERS: dict[str, Peer] = {
