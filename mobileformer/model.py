@@ -214,6 +214,9 @@ class Model(nn.Module):
             # planes.
             planes = self.config.groups > 1
             x = x.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
+            if x.shape[1] == 1 and not planes:
+                # One channel lies the same in both layouts, and its strides say planes: these say channels_last.
+                x = x.reshape(x.shape[0], x.shape[2], x.shape[3], 1).permute(0, 3, 1, 2)
         return self.stem(x), self.tokens.repeat(x.shape[0], 1, 1)
 
     def _through(self, block: nn.Module, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,11 @@ def run(*arguments: object, code: int = 0) -> Result:
     return result
 
 
+def refusal(*arguments: object) -> str:
+    """What a call that cannot be understood is told, in one line: the box around it folds wherever a path ends."""
+    return " ".join(run(*arguments, code=2).stderr.replace("│", " ").split())
+
+
 def run_json(*arguments: object, code: int = 0) -> Any:
     return json.loads(run(*arguments, "--json", code=code).stdout)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_support import NAMES, run, run_json
+from cli_support import NAMES, refusal, run, run_json
 from PIL import Image
 from torch import Tensor
 
@@ -307,7 +307,7 @@ def test_for_people_and_as_a_picture(folder: Path, tmp_path: Path) -> None:
         assert told in result.stdout
     with Image.open(picture) as image:
         assert image.format == "PNG"
-    assert "expected the ending .png" in run(*arguments, "--confusion", tmp_path / "x.jpg", code=2).stderr
+    assert "expected the ending .png" in refusal(*arguments, "--confusion", tmp_path / "x.jpg")
 
 
 def test_what_the_command_cannot_do(folder: Path, tmp_path: Path) -> None:

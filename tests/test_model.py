@@ -202,6 +202,17 @@ def test_memory_layout_of_the_input_does_not_matter(variant: str, use_fused: boo
             torch.testing.assert_close(model(other), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize(("variant", "layout"), [("26m", torch.contiguous_format), ("52m", torch.channels_last)])
+def test_the_fused_maps_lie_as_their_convolutions_like_it(
+    variant: str, layout: torch.memory_format, in_chans: int
+) -> None:
+    """With one channel too, whose strides alone do not tell: it cost a quarter of the speed of training."""
+    model = mobileformer.Model(variant, in_chans=in_chans)
+    features, _ = model.forward_features(torch.randn(2, in_chans, 64, 64))
+    assert features.is_contiguous(memory_format=layout)
+
+
 def test_the_input_is_left_alone() -> None:
     x = recipe_image(1, 64, 64, seed=5, dtype=torch.float32)
     before = x.clone()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_support import make_files, run, run_json
+from cli_support import make_files, refusal, run, run_json
 from PIL import Image
 
 import mobileformer
@@ -227,9 +227,9 @@ def test_the_command_takes_the_weights_of_the_package(folder: Path, tmp_path: Pa
 def test_the_command_refuses_what_it_cannot_do(folder: Path, tmp_path: Path) -> None:
     image, weights = folder / "images" / "b.png", folder / "plain.safetensors"
     arguments = ("visualize", image, "--weights", weights)
-    assert "expected the ending .png" in run(*arguments, "-o", tmp_path / "x.jpg", code=2).stderr
-    assert "expected the ending .html" in run(*arguments, "--html", tmp_path / "x.htm", code=2).stderr
-    assert "is what is read" in run(*arguments, "-o", image, code=2).stderr
+    assert "expected the ending .png" in refusal(*arguments, "-o", tmp_path / "x.jpg")
+    assert "expected the ending .html" in refusal(*arguments, "--html", tmp_path / "x.htm")
+    assert "is what is read" in refusal(*arguments, "-o", image)
     assert "does not exist" in run_json(*arguments, "-o", tmp_path / "no" / "x.png", code=1)["error"]
     lost = run_json("visualize", tmp_path / "lost.png", "--weights", weights, "-o", tmp_path / "x.png", code=1)
     assert "lost.png: no such file" in lost["error"]
