@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from bfloat16_agreement import measure
+from bfloat16_agreement import measure, recipe_images
 from engine_support import (
     exact_logits,
     exact_model,
@@ -177,6 +177,6 @@ def test_bfloat16_of_every_variant(variant: str, isa: str) -> None:
 @pytest.mark.parametrize("variant", ["26m", "96m"])
 def test_bfloat16_names_the_same_class(variant: str) -> None:
     """A sample of what `bfloat16_agreement.py` measures on 1,000 images of each variant."""
-    found = measure(folded(variant), images=60, size=96)
+    found = measure(folded(variant), recipe_images(60, 96))
     assert found["agreement"] >= 0.97
     assert found["relative_error"] < 2e-2

@@ -172,6 +172,10 @@ def test_the_compiled_network_checks_for_itself(run: Engine) -> None:
         build(arrays, num_tokens=4)
     with pytest.raises(ValueError):  # noqa: PT011
         build(arrays, num_classes=1001)
+    blocks = [dict(block) for block in _plain(network)["blocks"]]
+    blocks[-1]["out_channels"] = 320
+    with pytest.raises(ValueError, match="at most 256 channels of a grouped block, got 320"):
+        build(arrays, blocks=blocks)
     with pytest.raises(ValueError, match="sse9"):
         module.Network(_plain(network), arrays, "float32", 1, "sse9")
 

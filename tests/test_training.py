@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from mobileformer.training import Options, Recipe, TrainingError, World, join, t
 from mobileformer.training.average import Average, estimate_statistics
 from mobileformer.training.curves import draw_curves
 from mobileformer.training.log import read_log
+from mobileformer.training.memory import give_back_free_memory
 from mobileformer.training.state import Progress, load_state, save_state
 from mobileformer.training.step import Update, mixup_loss
 
@@ -191,6 +193,34 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "compiled", tiny(epochs=1, compile=True))
     assert len(compiled) == 1
     assert whole["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+
+
+def test_freed_memory_goes_back() -> None:
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "malloc_trim") or not Path("/proc/self/statm").exists():
+        pytest.skip("needs glibc's malloc_trim and /proc")
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+    blocks = [library.malloc(100_000) for _ in range(2000)]  # too small to be mapped one by one
+    for block in blocks:
+        ctypes.memset(block, 1, 100_000)
+    for block in blocks[:-1]:  # the last one keeps the heap from shrinking
+        library.free(block)
+    before = resident()
+    give_back_free_memory()
+    assert before - resident() > 150
+    library.free(blocks[-1])
+
+
+def test_a_run_gives_freed_memory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr("mobileformer.training.run.give_back_free_memory", lambda: calls.append(None))
+    run(tmp_path / "run", tiny(epochs=3, micro_batch=2, global_batch=2), Blobs(80))  # 120 updates
+    assert len(calls) == 1
 
 
 def test_mixup_is_the_loss_of_mixed_targets() -> None:

@@ -24,6 +24,7 @@ from mobileformer.model import Model
 from mobileformer.training.average import Average, estimate_statistics
 from mobileformer.training.curves import draw_curves
 from mobileformer.training.log import Log
+from mobileformer.training.memory import give_back_free_memory
 from mobileformer.training.prepare import evaluation_transform, make_model, normalisation, training_transform
 from mobileformer.training.recipe import Recipe, write_recipe
 from mobileformer.training.schedule import learning_rate, make_optimizer
@@ -198,6 +199,8 @@ class _Run:
             )
         progress.step += 1
         progress.updates += 1
+        if progress.updates % 100 == 0:
+            give_back_free_memory()
         progress.loss_sum += outcome.loss * outcome.images
         progress.images += outcome.images
         if self.average is not None:
