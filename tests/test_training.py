@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,20 @@ def test_the_log_says_which_kernels_served(tmp_path: Path, fused: bool) -> None:
     assert {name.split(":")[0] for name in served if ":native:" in name} == (
         {f"{name}_{way}" for name in operators for way in ("fwd", "bwd")} if fused else set()
     )
+
+
+def test_a_run_needs_neither_matplotlib_nor_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in [*sys.modules, "matplotlib", "tensorboard"]:
+        if module.split(".")[0] in ("matplotlib", "tensorboard") or module.startswith("torch.utils.tensorboard"):
+            monkeypatch.setitem(sys.modules, module, None)
+    result = run(tmp_path / "run", tiny(epochs=1))
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert not (tmp_path / "run" / "curves.png").exists()
+    told = capsys.readouterr().err
+    assert "tensorboard is not installed" in told
+    assert "matplotlib is not installed" in told
 
 
 def test_a_run_goes_on_only_with_its_own_recipe(tmp_path: Path) -> None:
