@@ -190,6 +190,19 @@ def test_saving_replaces_whole_files_only(source: Model, tmp_path: Path) -> None
         save_weights(source, tmp_path / "nowhere" / "x.safetensors")
 
 
+def test_others_may_read_a_file_as_the_umask_or_the_file_before_allows(source: Model, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    before = os.umask(0o027)
+    try:
+        save_weights(source, path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+    path.chmod(0o604)
+    save_weights(source, path)
+    assert path.stat().st_mode & 0o777 == 0o604
+
+
 def test_a_file_of_another_variant_is_named(source: Model, tmp_path: Path) -> None:
     save_weights(source, tmp_path / "w.safetensors")
     model = Model("52m")
