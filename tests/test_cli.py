@@ -183,7 +183,8 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_interrupt_leaves_cleanly() -> None:
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs are born without
         "from mobileformer.cli import bench, main\n"
         "def measure(*_, **__):\n"
         "    print('measuring', file=sys.stderr, flush=True)\n"
