@@ -59,7 +59,7 @@ MF_INLINE void weigh_both(const float* x, const Scores& weights, int own, int co
 // out = x + the values [block][M][16], weighted, over `count` positions of so many blocks of one head
 template <int M, int BLOCKS>
 MF_INLINE void spread(const float* x, ptrdiff_t block, const Weights& weights, const float* values, int count,
-                      float* out, uint16_t* half, ptrdiff_t half_block) {
+                      float* out, const Half& half, int half_block, int position) {
   for (int lane = 0; lane < BLOCK; lane += LANES) {
     V v[BLOCKS][M];
 #pragma GCC unroll 3
@@ -81,7 +81,7 @@ MF_INLINE void spread(const float* x, ptrdiff_t block, const Weights& weights, c
 #pragma GCC unroll 3
       for (int b = 0; b < BLOCKS; ++b) {
         store(out + b * block + at, sum[b]);
-        if (half) store_half(half + b * half_block + at, sum[b]);
+        if (half.data) store_half(half, half_at(half, half_block + b, position + p) + lane, sum[b]);
       }
     }
   }
@@ -89,7 +89,7 @@ MF_INLINE void spread(const float* x, ptrdiff_t block, const Weights& weights, c
 
 template <int M>
 MF_INLINE void spread_both(const float* x, const Scores& weights, int own, const float* values, int count, float* out,
-                           uint16_t* half) {
+                           const Half& half, int half_block, int position) {
   for (int lane = 0; lane < BLOCK; lane += LANES) {
     VI first_head;
     for (int i = 0; i < LANES; ++i) first_head[i] = lane + i < own ? -1 : 0;
@@ -102,7 +102,7 @@ MF_INLINE void spread_both(const float* x, const Scores& weights, int own, const
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) sum += v[m] * blend(weights.of[0][m][p], weights.of[1][m][p], first_head);
       store(out + at, sum);
-      if (half) store_half(half + at, sum);
+      if (half.data) store_half(half, half_at(half, half_block, position + p) + lane, sum);
     }
   }
 }
@@ -225,7 +225,7 @@ inline void mobile_to_former_of(const Walk& walk, const float* q, int C, float* 
 
 template <int M>
 inline void former_to_mobile_of(const Walk& walk, const float* k, const float* values, int C, float* out,
-                                uint16_t* half, ptrdiff_t half_block) {
+                                const Half& half) {
   Scores scores;
   for (int row = 0; row < walk.rows; ++row) {
     for (int begin = 0; begin < walk.width; begin += CHUNK) {
@@ -244,21 +244,20 @@ inline void former_to_mobile_of(const Walk& walk, const float* k, const float* v
           for (int m = 0; m < M; ++m) store(head[m] + p, power[m] * inverse);
         }
       }
-      uint16_t* halves = half ? half + (ptrdiff_t(row) * walk.width + begin) * BLOCK : nullptr;
+      const int position = row * walk.width + begin;
       by_heads(
           C,
           [&](int b, int blocks, int head) {
             const ptrdiff_t from = at + b * walk.block;
-            uint16_t* to = halves ? halves + b * half_block : nullptr;
             const float* v = values + ptrdiff_t(b) * M * BLOCK;
             blocks == 2
-                ? spread<M, 2>(walk.x + from, walk.block, scores.of[head], v, count, out + from, to, half_block)
-                : spread<M, 1>(walk.x + from, walk.block, scores.of[head], v, count, out + from, to, half_block);
+                ? spread<M, 2>(walk.x + from, walk.block, scores.of[head], v, count, out + from, half, b, position)
+                : spread<M, 1>(walk.x + from, walk.block, scores.of[head], v, count, out + from, half, b, position);
           },
           [&](int b, int own) {
             const ptrdiff_t from = at + b * walk.block;
-            spread_both<M>(walk.x + from, scores, own, values + ptrdiff_t(b) * M * BLOCK, count, out + from,
-                           halves ? halves + b * half_block : nullptr);
+            spread_both<M>(walk.x + from, scores, own, values + ptrdiff_t(b) * M * BLOCK, count, out + from, half, b,
+                           position);
           });
     }
   }
@@ -284,8 +283,8 @@ inline void mobile_to_former(const Walk& walk, const float* q, int C, int M, flo
 }
 
 inline void former_to_mobile(const Walk& walk, const float* k, const float* values, int C, int M, float* out,
-                             uint16_t* half, ptrdiff_t half_block) {
-  with_tokens(M, [&]<int TOKENS>() { former_to_mobile_of<TOKENS>(walk, k, values, C, out, half, half_block); });
+                             const Half& half) {
+  with_tokens(M, [&]<int TOKENS>() { former_to_mobile_of<TOKENS>(walk, k, values, C, out, half); });
 }
 
 }  // namespace mf::engine::MF_LEVEL

@@ -7,6 +7,8 @@
 
 #include "engine/vector.h"
 
+#include "engine/tiles.h"
+
 #include "engine/pointwise.h"
 
 #include "engine/depthwise.h"
@@ -25,8 +27,9 @@ namespace mf::engine::MF_LEVEL {
 #define MF_NAME(name) MF_NAME_TEXT(name)
 
 extern const Kernels KERNELS = {
-    MF_NAME(MF_LEVEL), LANES,      pointwise,        split_row,    stem,    depthwise, mobile_to_former,
-    former_to_mobile,  layer_norm, former_attention, spatial_relu, to_half, mean,
+    MF_NAME(MF_LEVEL), LANES,     HALF_RUN,         HALF_STEP,        pointwise,  split_row,
+    stem,              depthwise, mobile_to_former, former_to_mobile, layer_norm, former_attention,
+    spatial_relu,      to_half,   mean,
 };
 
 #undef MF_NAME
@@ -40,14 +43,31 @@ namespace mf::engine {
 namespace {
 
 #if defined(__x86_64__) && !defined(MF_BASELINE_ONLY)
-const Kernels* const LEVELS[] = {&baseline::KERNELS, &avx2::KERNELS, &avx512::KERNELS, &avx512bf16::KERNELS};
+const Kernels* const LEVELS[] = {&baseline::KERNELS, &avx2::KERNELS, &avx512::KERNELS, &avx512bf16::KERNELS,
+                                 &amx::KERNELS};
+
+// Whether the CPU has tiles and their bfloat16 products, and the system lets this process use them: it has to be asked,
+// since it then keeps eight kilobytes more of every thread.
+bool has_tiles() {
+#if defined(__linux__)
+  constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;  // of edx
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;      // ARCH_REQ_XCOMP_PERM
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  return (edx & BF16) && (edx & TILE) && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
 
 bool runs(const Kernels* level) {
   if (level == &baseline::KERNELS) return true;
   if (level == &avx2::KERNELS) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return level == &avx512::KERNELS ? avx512 : avx512 && __builtin_cpu_supports("avx512bf16");
+  if (level == &avx512::KERNELS || !avx512) return avx512;
+  static const bool tiles = has_tiles();
+  return __builtin_cpu_supports("avx512bf16") && (level == &avx512bf16::KERNELS || tiles);
 }
 #else
 const Kernels* const LEVELS[] = {&baseline::KERNELS};

@@ -21,9 +21,17 @@ enum class Act { identity, relu6, relu, hardswish, gelu, hard_sigmoid, dynamic_r
 
 // How the products of a layer are taken.
 enum class Format {
-  f32,          // float map, float weight
-  bf16,         // bfloat16 map, bfloat16 weight, two inputs at a time
-  bf16_weight,  // float map, bfloat16 weight: where a layer is as slow as its weight arrives
+  f32,         // float map, float weight
+  bf16,        // bfloat16 map and weight, or a few of each that add up to them; `half_step` inputs at a time
+  i16_weight,  // float map, weight of 16-bit integers and a factor: where a layer is as slow as its weight arrives
+};
+
+// A map as bfloat16, without border, [pieces][runs][P][Kernels::half_run]: the pieces add up to the map.
+struct Half {
+  uint16_t* data = nullptr;  // position 0 of the first channel, or null
+  int pieces = 1;
+  ptrdiff_t piece = 0;  // elements between pieces
+  ptrdiff_t run = 0;    // and between runs of channels
 };
 
 // Weights that will be read soon, to be asked for while arithmetic leaves the memory idle: one cache line every `step`
@@ -34,13 +42,17 @@ struct Ahead {
   ptrdiff_t step = 64;
 };
 
-// One group of a pointwise layer, ready for one instruction set.
-// f32, bf16_weight: weight [panel][depth][vectors of the panel]; bf16: [panel][depth][vectors][2], pairs of inputs.
+// One group of a pointwise layer, ready for one instruction set. Its weight is
+// f32, i16_weight: [panel][depth][vectors of the panel]
+// bf16: [panel][depth][vectors][2], pairs of inputs; with tiles [panel][depth][pieces][vectors][16][lanes][2]
 struct Products {
   Format format = Format::f32;
-  int depth = 0;                     // inputs, or pairs of inputs
+  int depth = 0;                     // inputs, or steps of `half_step` inputs
   const int32_t* offsets = nullptr;  // [depth] where an input lies relative to a position, in elements
   const void* weight = nullptr;
+  const float* scale = nullptr;  // i16_weight: [vectors] of the sums
+  int pieces = 1;                // bf16: of map and weight
+  ptrdiff_t piece = 0;           // elements between those of the map
   int vectors = 0;         // of outputs, in vectors of the instruction set
   bool half_tail = false;  // of the last block, only the lower half is outputs
   Ahead* ahead = nullptr;  // moved on by what was asked for, or null
@@ -59,8 +71,7 @@ struct Epilogue {
   float* out = nullptr;             // or null
   ptrdiff_t out_block = 0;
   ptrdiff_t out_row = 0;
-  uint16_t* half = nullptr;  // the same as bfloat16, without border, or null
-  ptrdiff_t half_block = 0;
+  Half half;  // the same as bfloat16, or null
 };
 
 // A row of the first convolution's output: relu6(3 x 3 of stride 2 + bias).
@@ -82,8 +93,9 @@ struct Depthwise {
   const float* slope1 = nullptr;
   const float* slope2 = nullptr;
   Act act = Act::identity;
-  float* out = nullptr;      // one block without border, or null
-  uint16_t* half = nullptr;  // one block without border, or null
+  float* out = nullptr;  // one block without border, or null
+  Half half;             // all blocks, or null
+  int half_block = 0;    // which of them is this one
 };
 
 // The positions of a map as the attentions walk them: `rows` runs of `width` positions.
@@ -97,7 +109,9 @@ struct Walk {
 
 struct Kernels {
   const char* name;
-  int lanes;  // floats of a vector
+  int lanes;      // floats of a vector
+  int half_run;   // channels of a bfloat16 map that lie together
+  int half_step;  // of them, how many a product takes at a time
   // positions [begin, end) of panels [first, last) of one group; `a` is position 0, `stride` elements from one to the next
   void (*pointwise)(const Products&, const Epilogue&, const void* a, ptrdiff_t stride, int begin, int end, int first,
                     int last);
@@ -109,13 +123,12 @@ struct Kernels {
   void (*mobile_to_former)(const Walk&, const float* queries, int C, int M, float* most, float* sum, float* sums,
                            float* kept);
   // Former-to-Mobile, keys [C][8] by token: x += the values [blocks][M][16], weighted
-  void (*former_to_mobile)(const Walk&, const float* keys, const float* values, int C, int M, float* out,
-                           uint16_t* half, ptrdiff_t half_block);
+  void (*former_to_mobile)(const Walk&, const float* keys, const float* values, int C, int M, float* out, const Half&);
   void (*layer_norm)(float* x, const float* weight, const float* bias, int D, int M);       // x [M][D]
   void (*former_attention)(const float* q, const float* tokens, float* out, int D, int M);  // [M][D] each
   // x [rows][16] of one block: max(s1 x, s2 x), s = the mix [positions][8] of the tokens' slopes [2][M][16]
   void (*spatial_relu)(float* x, ptrdiff_t row, int width, int rows, const float* mix, const float* slopes, int M);
-  void (*to_half)(const float* x, ptrdiff_t count, uint16_t* half);  // count: whole blocks
+  void (*to_half)(const float* x, int positions, const Half&, int block);  // x: one block, from half's first position
   void (*mean)(const float* x, int positions, float* out);  // one block: [positions][16] -> hardswish of the mean [16]
 };
 

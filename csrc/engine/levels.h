@@ -6,7 +6,12 @@
 
 #include "engine/kernels.h"
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #define MF_LEVEL baseline
@@ -48,6 +53,7 @@ MF_END_TARGET
 #define MF_AVX512_FEATURES "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"
 #define MF_AVX512BF16_FEATURES "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"
 #endif
+#define MF_AMX_FEATURES "amx-tile,amx-bf16," MF_AVX512BF16_FEATURES
 #define MF_LEVEL_AVX512
 #define MF_LEVEL_BYTES 64
 #define MF_LEVEL_REGISTERS 32
@@ -64,6 +70,14 @@ MF_TARGET(MF_AVX512BF16_FEATURES)
 #include "engine/kernels.cpp"
 MF_END_TARGET
 #undef MF_LEVEL
+
+#define MF_LEVEL amx
+#define MF_LEVEL_TILES
+MF_TARGET(MF_AMX_FEATURES)
+#include "engine/kernels.cpp"
+MF_END_TARGET
+#undef MF_LEVEL
+#undef MF_LEVEL_TILES
 #undef MF_LEVEL_PAIRS
 
 #undef MF_LEVEL_AVX512

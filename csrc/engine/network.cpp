@@ -73,7 +73,7 @@ std::unique_ptr<Workspace> Network::borrow(int height, int width, int members) c
       }
     }
   }
-  return std::make_unique<Workspace>(config, weights_, height, width, members);
+  return std::make_unique<Workspace>(config, weights_, kernels, height, width, members);
 }
 
 void Network::give_back(std::unique_ptr<Workspace> space) const {

@@ -19,6 +19,13 @@ inline uint16_t to_bf16(float value) {
   return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+inline float from_bf16(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 inline std::string text(const std::vector<long>& shape) {
   std::string s = "(";
   for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
@@ -69,33 +76,21 @@ using Element = std::function<float(int n, int k)>;
 
 class Packer {
  public:
-  Packer(Arena& arena, const Kernels& kernels) : arena_(arena), lanes_(kernels.lanes) {}
+  Packer(Arena& arena, const Kernels& kernels)
+      : arena_(arena), lanes_(kernels.lanes), half_step_(kernels.half_step) {}
 
-  // N outputs of `depth` inputs, or of `depth` pairs of them where `format` is bf16
-  Products products(Format format, int N, int depth, const Element& element) {
+  // N outputs of `depth` inputs, or of `depth` steps of them where `format` is bf16
+  Products products(Format format, int N, int depth, const Element& element, int pieces = 1) {
     Products p;
     p.format = format;
     p.depth = depth;
+    p.pieces = pieces;
     p.half_tail = N % BLOCK > 0 && N % BLOCK <= BLOCK / 2;
     p.vectors = blocks_of(N) * BLOCK / lanes_;  // whole blocks, so that gaps are written as zeros every time
-    const size_t count = size_t(p.vectors) * lanes_ * depth;
-    float* floats = format == Format::f32 ? arena_.take(count) : nullptr;
-    uint16_t* halves = floats ? nullptr : arena_.take<uint16_t>(format == Format::bf16 ? 2 * count : count);
-    p.weight = floats ? static_cast<const void*>(floats) : halves;
-    size_t at = 0;
-    for (int i = 0; i < panel_count(p.vectors); ++i) {
-      const int first = first_vector(p.vectors, i) * lanes_, width = panel_vectors(p.vectors, i) * lanes_;
-      for (int k = 0; k < depth; ++k) {
-        for (int n = first; n < first + width; ++n) {
-          if (format == Format::bf16) {
-            for (int j = 0; j < 2; ++j) halves[at++] = n < N ? to_bf16(element(n, 2 * k + j)) : 0;
-          } else if (format == Format::bf16_weight) {
-            halves[at++] = n < N ? to_bf16(element(n, k)) : 0;
-          } else {
-            floats[at++] = n < N ? element(n, k) : 0.0f;
-          }
-        }
-      }
+    switch (format) {
+      case Format::f32: floats(p, N, element); break;
+      case Format::bf16: half_step_ == 2 ? pairs(p, N, element) : tiles(p, N, element); break;
+      case Format::i16_weight: integers(p, N, element); break;
     }
     return p;
   }
@@ -111,8 +106,82 @@ class Packer {
   }
 
  private:
+  // visit(n, k) for every weight, in the order of storage where nothing lies between
+  template <class Visit>
+  void in_panels(const Products& p, const Visit& visit) {
+    for (int i = 0; i < panel_count(p.vectors); ++i) {
+      const int first = first_vector(p.vectors, i) * lanes_, width = panel_vectors(p.vectors, i) * lanes_;
+      for (int k = 0; k < p.depth; ++k) {
+        for (int n = first; n < first + width; ++n) visit(n, k);
+      }
+    }
+  }
+
+  size_t count(const Products& p) const { return size_t(p.vectors) * lanes_ * p.depth; }
+
+  void floats(Products& p, int N, const Element& element) {
+    float* to = arena_.take(count(p));
+    p.weight = to;
+    in_panels(p, [&](int n, int k) { *to++ = n < N ? element(n, k) : 0.0f; });
+  }
+
+  void pairs(Products& p, int N, const Element& element) {
+    uint16_t* to = arena_.take<uint16_t>(2 * count(p));
+    p.weight = to;
+    in_panels(p, [&](int n, int k) {
+      for (int j = 0; j < 2; ++j) *to++ = n < N ? to_bf16(element(n, 2 * k + j)) : 0;
+    });
+  }
+
+  // Each output in steps of a 32767th of its largest weight: as short as bfloat16, and a hundred times as close
+  void integers(Products& p, int N, const Element& element) {
+    int16_t* to = arena_.take<int16_t>(count(p));
+    float* scale = arena_.take(size_t(p.vectors) * lanes_);
+    p.weight = to;
+    p.scale = scale;
+    for (int n = 0; n < N; ++n) {
+      float most = 0;
+      for (int k = 0; k < p.depth; ++k) {
+        const float size = std::fabs(element(n, k));
+        if (!(size <= most) && !std::isnan(most)) most = size;  // what is not a number spoils its output, as it should
+      }
+      scale[n] = most / 32767;
+    }
+    in_panels(p, [&](int n, int k) {
+      const float steps = n < N && scale[n] > 0 ? element(n, k) / scale[n] : 0;
+      *to++ = std::fabs(steps) <= 32767.5f ? int16_t(std::lrint(steps)) : 0;
+    });
+  }
+
+  // Of 16 outputs a tile: rows of two inputs each; first all that is rounded once, then what that left over, ...
+  void tiles(Products& p, int N, const Element& element) {
+    uint16_t* to = arena_.take<uint16_t>(count(p) * half_step_ * p.pieces);
+    p.weight = to;
+    for (int i = 0; i < panel_count(p.vectors); ++i) {
+      const int first = first_vector(p.vectors, i), last = first + panel_vectors(p.vectors, i);
+      for (int k = 0; k < p.depth; ++k) {
+        for (int piece = 0; piece < p.pieces; ++piece) {
+          for (int v = first; v < last; ++v) {
+            for (int row = 0; row < half_step_; row += 2) {
+              for (int n = v * lanes_; n < (v + 1) * lanes_; ++n) {
+                for (int j = row; j < row + 2; ++j) {
+                  *to++ = n < N ? piece_of(element(n, half_step_ * k + j), piece) : 0;
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  static uint16_t piece_of(float value, int piece) {
+    for (; piece > 0; --piece) value -= from_bf16(to_bf16(value));
+    return to_bf16(value);
+  }
+
   Arena& arena_;
-  int lanes_;
+  int lanes_, half_step_;
 };
 
 }  // namespace mf::engine

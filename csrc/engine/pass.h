@@ -45,12 +45,13 @@ class Pass {
   void spread(const Block&, BlockSpace&);
 
   // maps
-  void pointwise(const Pointwise&, const Offsets&, Map& out, const Map* residual, bool half, int begin, int end,
-                 bool by_panels = false);
-  void grouped(const Pointwise&, const Offsets&, const void* in, Map& out, const Map* residual, bool half, int begin,
+  Half flat_half(const Pointwise& reader, const DepthwiseLayer& made, int positions) const;
+  void pointwise(const Pointwise&, const DepthwiseLayer& made, const Offsets&, Map& out, const Map* residual, bool half,
+                 int begin, int end, bool by_panels = false);
+  void grouped(const Pointwise&, ptrdiff_t piece, const Offsets&, Map& out, const Map* residual, bool half, int begin,
                int end);
   void depthwise(const DepthwiseLayer&, const float* in, ptrdiff_t in_row, const Map& out, int block,
-                 const float* slopes, Act, bool half, int first_row, int last_row);
+                 const float* slopes, Act, const Pointwise& reader, int first_row, int last_row);
   void depthwise_strips(const char* stage, const DepthwiseLayer&, const Map& in, const float* slopes, Act,
                         const Pointwise&, const Offsets&, Map& out, const Map* residual, bool half,
                         const Images* = nullptr);
@@ -60,7 +61,7 @@ class Pass {
   // for whoever looks inside; nothing otherwise
   void dump(const char* stage, const Map&);
   void dump_block(const char* stage, const float* data, ptrdiff_t row, int height, int width, const Places&, int block);
-  void dump_flat(const char* stage, const Places&, int height, int width, bool half);
+  void dump_flat(const char* stage, const DepthwiseLayer&, int height, int width, const Pointwise& reader);
   void dump_slopes(const char* stage, const float* theta, int rows, const Places& order);
   void dump_tokens(const char* stage);
   void mark(const char* stage, double multiply_adds = 0);

@@ -107,7 +107,7 @@ void Pass::stem(const Images& images, int first, int last) {
 }
 
 void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_row, const Map& out, int block,
-                     const float* slopes, Act act, bool half, int first_row, int last_row) {
+                     const float* slopes, Act act, const Pointwise& reader, int first_row, int last_row) {
   Depthwise d;
   d.in = in;
   d.in_row = in_row;
@@ -121,24 +121,33 @@ void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_
     d.slope2 = d.slope1 + layer.places.size();
   }
   const ptrdiff_t plane = ptrdiff_t(out.positions()) * BLOCK;
+  const Half half = flat_half(reader, layer, out.positions());
+  const int run = network.kernels.half_run, blocks = int(layer.in_block.size());
+  if (half.data && block + 1 == blocks && blocks * BLOCK % run != 0) {
+    // the rest of the last run, which weights of zero meet: it must be numbers
+    uint16_t* rest = half.data + (half.piece / half.run - 1) * half.run + BLOCK;
+    for (int i = 0; i < half.pieces; ++i, rest += half.piece) {
+      for (int p = first_row * out.width; p < last_row * out.width; ++p) std::fill_n(rest + p * run, BLOCK, uint16_t(0));
+    }
+  }
   if (act == Act::dynamic_relu && spatial()) {
-    float* plain = half ? space.scratch[worker.rank].plane : space.flat.data + block * plane;
+    float* plain = half.data ? space.scratch[worker.rank].plane : space.flat + block * plane;
     d.act = Act::identity;
     d.out = plain;
     network.kernels.depthwise(d, first_row, last_row);
-    spatial_relu(plain + ptrdiff_t(first_row) * out.width * BLOCK, ptrdiff_t(out.width) * BLOCK, out.width, first_row,
-                 last_row, slopes, int(layer.places.size()), block);
-    if (half) {
-      const ptrdiff_t begin = ptrdiff_t(first_row) * out.width * BLOCK, end = ptrdiff_t(last_row) * out.width * BLOCK;
-      network.kernels.to_half(plain + begin, end - begin, space.flat.half + block * plane + begin);
+    float* begin = plain + ptrdiff_t(first_row) * out.width * BLOCK;
+    spatial_relu(begin, ptrdiff_t(out.width) * BLOCK, out.width, first_row, last_row, slopes, int(layer.places.size()),
+                 block);
+    if (half.data) {
+      Half rows = half;
+      rows.data += ptrdiff_t(first_row) * out.width * run;
+      network.kernels.to_half(begin, (last_row - first_row) * out.width, rows, block);
     }
     return;
   }
-  if (half) {
-    d.half = space.flat.half + block * plane;
-  } else {
-    d.out = space.flat.data + block * plane;
-  }
+  d.half = half;
+  d.half_block = block;
+  if (!half.data) d.out = space.flat + block * plane;
   network.kernels.depthwise(d, first_row, last_row);
 }
 
@@ -162,7 +171,7 @@ void Pass::depthwise_strips(const char* stage, const DepthwiseLayer& layer, cons
                             const Images* images) {
   const int blocks = int(layer.in_block.size());
   const bool whole = extras.stages != nullptr;  // whoever looks inside wants all of the first
-  const size_t row_bytes = layer.places.size() * out.width * (then.half() ? 2 : 4);
+  const size_t row_bytes = layer.places.size() * out.width * (then.half() ? 2 * then.pieces() : 4);
   const int strip = whole ? out.height : std::max(1, int(STRIP_BYTES / row_bytes));
   int first, last, made = 0;
   worker.share(out.height, 1, &first, &last);
@@ -174,10 +183,10 @@ void Pass::depthwise_strips(const char* stage, const DepthwiseLayer& layer, cons
       made = needed;
     }
     for (int b = 0; b < blocks; ++b) {
-      depthwise(layer, in.data + layer.in_block[b] * in.block, in.row, out, b, slopes, act, then.half(), y, until);
+      depthwise(layer, in.data + layer.in_block[b] * in.block, in.row, out, b, slopes, act, then, y, until);
     }
-    dump_flat(stage, layer.places, out.height, out.width, then.half());
-    pointwise(then, offsets, out, residual, half, y * out.width, until * out.width);
+    dump_flat(stage, layer, out.height, out.width, then);
+    pointwise(then, layer, offsets, out, residual, half, y * out.width, until * out.width);
     if (images) mark(".expand, project");
   }
   worker.sync();
@@ -186,7 +195,7 @@ void Pass::depthwise_strips(const char* stage, const DepthwiseLayer& layer, cons
 // With the image given, `in` is the first map, whose rows are made just before they are read.
 void Pass::lite(const Block& block, BlockSpace& own, const Map& in, const Images* images) {
   depthwise_strips(".expand", block.depthwise, in, nullptr, Act::relu6, block.project, own.project, own.out,
-                   block.has_skip ? &in : nullptr, own.out.half != nullptr, images);
+                   block.has_skip ? &in : nullptr, own.out.half.data != nullptr, images);
   const int P = own.out.positions();
   mark(".expand, project", multiply_adds(block.depthwise, P) + multiply_adds(block.project, P));
 }
@@ -196,7 +205,8 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
   look_ahead(block.maps_at);
   if (spatial()) mix_tokens(in, own.height, own.width);
   const Pointwise& expand = block.expand;
-  const void* from = expand.half() ? static_cast<const void*>(in.half) : in.data;
+  const void* from = expand.half() ? static_cast<const void*>(in.half.data) : in.data;
+  const int stride = expand.half() ? network.kernels.half_run : BLOCK;
   const int places = int(block.depthwise.places.size());
   float* panel = space.scratch[worker.rank].panel[&block - weights.blocks.data()];
   const ptrdiff_t row = ptrdiff_t(own.width + 2) * BLOCK, plane = row * (own.height + 2);
@@ -210,6 +220,7 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
     const ptrdiff_t group_block = ptrdiff_t(window.group) * expand.group_blocks;
     Products products = expand.groups[window.group].products;
     products.offsets = own.expand[window.group].data();
+    products.piece = in.half.piece;
     Epilogue e;
     e.bias = expand.bias + group_block * BLOCK;
     e.width = own.width;
@@ -223,7 +234,7 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
     }
     const int first_block = int(group_block) + window.first_block;
     products.ahead = ahead();
-    network.kernels.pointwise(products, e, from, BLOCK, 0, own.height * own.width, window.first_panel,
+    network.kernels.pointwise(products, e, from, stride, 0, own.height * own.width, window.first_panel,
                               window.last_panel);
     for (int b = 0; b < window.blocks; ++b) {
       float* x = inside + b * plane;
@@ -233,17 +244,17 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
     mark(".expand");
     for (int b = 0; b < window.blocks; ++b) {
       depthwise(block.depthwise, inside + b * plane, row, own.out, first_block + b, space.slopes[1], Act::dynamic_relu,
-                block.project.half(), 0, own.height);
+                block.project, 0, own.height);
     }
     mark(".depthwise");
   }
   worker.sync();
-  dump_flat(".depthwise", block.depthwise.places, own.height, own.width, block.project.half());
+  dump_flat(".depthwise", block.depthwise, own.height, own.width, block.project);
   // few positions are dealt out by outputs, many by positions
   const bool by_panels = own.out.positions() < 128 && block.project.groups.size() == 1;
   int begin = 0, end = own.out.positions();
   if (!by_panels) worker.share(end, 14, &begin, &end);
-  pointwise(block.project, own.project, own.out, block.has_skip ? &in : nullptr, false, begin, end, by_panels);
+  pointwise(block.project, block.depthwise, own.project, own.out, block.has_skip ? &in : nullptr, false, begin, end, by_panels);
   worker.sync();
   const int P = own.out.positions();
   mark(".project", multiply_adds(block.project, P));
@@ -272,10 +283,12 @@ void Pass::down(const Block& block, BlockSpace& own, const Map& in) {
 void Pass::head(const Map& in) {
   Map& out = space.head;
   const Pointwise& layer = weights.head;
-  const void* from = layer.half() ? static_cast<const void*>(in.half) : in.data;
+  const void* from = layer.half() ? static_cast<const void*>(in.half.data) : in.data;
+  const int stride = layer.half() ? network.kernels.half_run : BLOCK;
   for (size_t g = 0; g < layer.groups.size(); ++g) {
     Products products = layer.groups[g].products;
     products.offsets = space.head_offsets[g].data();
+    products.piece = in.half.piece;
     products.ahead = ahead();
     Epilogue e;
     e.bias = layer.bias + ptrdiff_t(g) * layer.group_blocks * BLOCK;
@@ -286,7 +299,7 @@ void Pass::head(const Map& in) {
     e.out = out.data + ptrdiff_t(g) * layer.group_blocks * out.block;
     int first, last;
     worker.share(panel_count(products.vectors), 1, &first, &last);
-    network.kernels.pointwise(products, e, from, BLOCK, 0, out.positions(), first, last);
+    network.kernels.pointwise(products, e, from, stride, 0, out.positions(), first, last);
   }
   worker.sync();
   int first, last;

@@ -30,13 +30,21 @@ Ahead* Pass::ahead() {
   return &ahead_;
 }
 
-// A pointwise layer from `flat` to positions [begin, end) of a map
-void Pass::pointwise(const Pointwise& layer, const Offsets& offsets, Map& out, const Map* residual, bool half,
-                     int begin, int end, bool by_panels) {
-  const void* in = layer.half() ? static_cast<const void*>(space.flat.half) : space.flat.data;
-  if (layer.groups.size() > 1) return grouped(layer, offsets, in, out, residual, half, begin, end);
+// The map in `flat` that `reader` takes as bfloat16, or a null one
+Half Pass::flat_half(const Pointwise& reader, const DepthwiseLayer& made, int positions) const {
+  if (!reader.half()) return {};
+  uint16_t* data = reinterpret_cast<uint16_t*>(space.flat);
+  return half_of(data, reader.pieces(), int(made.in_block.size()), positions, network.kernels);
+}
+
+// A pointwise layer from what `made` left in `flat` to positions [begin, end) of a map
+void Pass::pointwise(const Pointwise& layer, const DepthwiseLayer& made, const Offsets& offsets, Map& out,
+                     const Map* residual, bool half, int begin, int end, bool by_panels) {
+  const ptrdiff_t piece = flat_half(layer, made, out.positions()).piece;
+  if (layer.groups.size() > 1) return grouped(layer, piece, offsets, out, residual, half, begin, end);
   Products products = layer.groups[0].products;
   products.offsets = offsets[0].data();
+  products.piece = piece;
   products.ahead = ahead();
   Epilogue e;
   e.bias = layer.bias;
@@ -49,36 +57,36 @@ void Pass::pointwise(const Pointwise& layer, const Offsets& offsets, Map& out, c
     e.residual_block = residual->block;
     e.residual_row = residual->row;
   }
-  if (half) {
-    e.half = out.half;
-    e.half_block = out.half_block;
-  }
+  if (half) e.half = out.half;
   int first = 0, last = panel_count(products.vectors);
   if (by_panels) worker.share(last, 1, &first, &last);
-  network.kernels.pointwise(products, e, in, BLOCK, begin, end, first, last);
+  const int stride = layer.half() ? network.kernels.half_run : BLOCK;
+  network.kernels.pointwise(products, e, space.flat, stride, begin, end, first, last);
 }
 
 // Group by group for a few positions, and then their channels in the order of the map
-void Pass::grouped(const Pointwise& layer, const Offsets& offsets, const void* in, Map& out, const Map* residual,
+void Pass::grouped(const Pointwise& layer, ptrdiff_t piece, const Offsets& offsets, Map& out, const Map* residual,
                    bool half, int begin, int end) {
   constexpr int chunk = GROUPED_CHUNK;
   const int each = layer.outputs / int(layer.groups.size());
   float* made = space.scratch[worker.rank].grouped;
   float ordered[MAX_GROUPED + 4 * BLOCK] = {};
-  const size_t element = layer.half() ? 2 : 4;
+  const int stride = layer.half() ? network.kernels.half_run : BLOCK;
+  const size_t element = layer.half() ? sizeof(uint16_t) : sizeof(float);
   for (int at = begin; at < end; at += chunk) {
     const int count = std::min(chunk, end - at);
     for (size_t g = 0; g < layer.groups.size(); ++g) {
       Products products = layer.groups[g].products;
       products.offsets = offsets[g].data();
+      products.piece = piece;
       products.ahead = ahead();
       Epilogue e;
       e.bias = layer.bias + ptrdiff_t(g) * layer.group_blocks * BLOCK;
       e.width = count;
       e.out = made + ptrdiff_t(g) * layer.group_blocks * chunk * BLOCK;
       e.out_block = ptrdiff_t(chunk) * BLOCK;
-      network.kernels.pointwise(products, e, static_cast<const char*>(in) + size_t(at) * BLOCK * element, BLOCK, 0,
-                                count, 0, panel_count(products.vectors));
+      const char* from = reinterpret_cast<const char*>(space.flat) + size_t(at) * stride * element;
+      network.kernels.pointwise(products, e, from, stride, 0, count, 0, panel_count(products.vectors));
     }
     int y = at / out.width, x = at % out.width;
     for (int p = 0; p < count; ++p) {
@@ -107,9 +115,10 @@ void Pass::grouped(const Pointwise& layer, const Offsets& offsets, const void* i
     }
   }
   if (!half) return;
+  Half to = out.half;
+  to.data += ptrdiff_t(begin) * network.kernels.half_run;
   for (int b = 0; b < out.blocks; ++b) {
-    network.kernels.to_half(out.data + b * out.block + ptrdiff_t(begin) * BLOCK, ptrdiff_t(end - begin) * BLOCK,
-                            out.half + b * out.half_block + ptrdiff_t(begin) * BLOCK);
+    network.kernels.to_half(out.data + b * out.block + ptrdiff_t(begin) * BLOCK, end - begin, to, b);
   }
 }
 

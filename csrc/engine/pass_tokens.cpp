@@ -210,9 +210,9 @@ void Pass::spread(const Block& block, BlockSpace& own) {
   const int N = block.config.out_channels, M = network.config.num_tokens;
   int begin;
   const Walk walk = walk_of(own.out, worker.rank, worker.size, &begin);
-  network.kernels.former_to_mobile(walk, own.keys, own.values, N, M, const_cast<float*>(walk.x),
-                                   own.out.half ? own.out.half + ptrdiff_t(begin) * BLOCK : nullptr,
-                                   own.out.half_block);
+  Half half = own.out.half;
+  if (half.data) half.data += ptrdiff_t(begin) * network.kernels.half_run;
+  network.kernels.former_to_mobile(walk, own.keys, own.values, N, M, const_cast<float*>(walk.x), half);
   worker.sync();
   mark(".former_to_mobile", 2.0 * N * M * own.out.positions());
 }
@@ -248,20 +248,28 @@ void Pass::dump_block(const char* stage, const float* data, ptrdiff_t row, int h
   }
 }
 
-void Pass::dump_flat(const char* stage, const Places& places, int height, int width, bool half) {
+void Pass::dump_flat(const char* stage, const DepthwiseLayer& layer, int height, int width, const Pointwise& reader) {
   if (!extras.stages) return;
-  const ptrdiff_t plane = ptrdiff_t(height) * width * BLOCK;
-  std::vector<float> floats(plane);
-  for (int b = 0; b < int(places.size()) / BLOCK; ++b) {
-    const float* data = space.flat.data + b * plane;
-    if (half) {
-      for (ptrdiff_t i = 0; i < plane; ++i) {
-        const uint32_t bits = uint32_t(space.flat.half[b * plane + i]) << 16;
-        std::memcpy(&floats[i], &bits, sizeof(bits));
+  const int positions = height * width, run = network.kernels.half_run;
+  const ptrdiff_t plane = ptrdiff_t(positions) * BLOCK;
+  const Half half = flat_half(reader, layer, positions);
+  std::vector<float> sums(plane);
+  for (int b = 0; b < int(layer.in_block.size()); ++b) {
+    const float* data = space.flat + b * plane;
+    if (half.data) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      const uint16_t* from = half.data + b * BLOCK / run * half.run + b * BLOCK % run;
+      for (int i = 0; i < half.pieces; ++i, from += half.piece) {
+        for (ptrdiff_t at = 0; at < plane; ++at) {
+          const uint32_t bits = uint32_t(from[at / BLOCK * run + at % BLOCK]) << 16;
+          float value;
+          std::memcpy(&value, &bits, sizeof(value));
+          sums[at] += value;
+        }
       }
-      data = floats.data();
+      data = sums.data();
     }
-    dump_block(stage, data, ptrdiff_t(width) * BLOCK, height, width, places, b);
+    dump_block(stage, data, ptrdiff_t(width) * BLOCK, height, width, layer.places, b);
   }
 }
 

@@ -60,10 +60,10 @@ MF_INLINE void finish(V (&sums)[ROWS][VECTORS], const Epilogue& e, int vector, i
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) store(to + out_at[r], sums[r][v]);
     }
-    if (e.half) {
-      uint16_t* to = e.half + block * e.half_block + ptrdiff_t(position) * BLOCK + lane;
+    if (e.half.data) {
+      uint16_t* to = half_at(e.half, block, position) + lane;
 #pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) store_half(to + r * BLOCK, sums[r][v]);
+      for (int r = 0; r < ROWS; ++r) store_half(e.half, to + r * HALF_RUN, sums[r][v]);
     }
   }
 }
@@ -132,7 +132,7 @@ inline void tile(const Products& p, const Epilogue& e, const char* a, ptrdiff_t 
       for (int v = 0; v < VECTORS; ++v) {
         const ptrdiff_t at = (ptrdiff_t(k) * VECTORS + v) * LANES;
         w[v] = FORMAT == Format::f32 ? load(reinterpret_cast<const float*>(weight) + at)
-                                     : load_half(reinterpret_cast<const uint16_t*>(weight) + at);
+                                     : load_integers(reinterpret_cast<const int16_t*>(weight) + at);
       }
       const float* from = reinterpret_cast<const float*>(a) + offsets[k];
 #pragma GCC unroll 16
@@ -161,6 +161,14 @@ inline void tile(const Products& p, const Epilogue& e, const char* a, ptrdiff_t 
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) sums[0][r][v] += sums[s][r][v];
+    }
+  }
+  if constexpr (FORMAT == Format::i16_weight) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      const V scale = load(p.scale + (vector + v) * LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) sums[0][r][v] *= scale;
     }
   }
   finish(sums[0], e, vector, position, y, x);
@@ -242,12 +250,12 @@ inline void panel(const Products& p, const Epilogue& e, const char* a, ptrdiff_t
                   int vector) {
   constexpr int rows = tile_rows(VECTORS);
   constexpr int element = FORMAT == Format::bf16 ? 2 : 4;
-  // floats are 4 bytes, a pair of bfloat16 too; a lone bfloat16 weight is 2
+  // floats are 4 bytes, a pair of bfloat16 too; a 16-bit integer is 2
   const char* weight = static_cast<const char*>(p.weight) +
-                       ptrdiff_t(vector) * LANES * p.depth * (FORMAT == Format::bf16_weight ? 2 : 4);
+                       ptrdiff_t(vector) * LANES * p.depth * (FORMAT == Format::i16_weight ? 2 : 4);
   int y = begin / e.width, x = begin % e.width;
 #if defined(MF_LEVEL_AVX512)
-  if constexpr (FORMAT != Format::bf16_weight) {
+  if constexpr (FORMAT != Format::i16_weight) {
     if (p.half_tail && vector + VECTORS == p.vectors && stride == BLOCK) {
       constexpr int tall = tail_rows(VECTORS);
       for (int position = begin; position < end; position += tall) {
@@ -292,8 +300,12 @@ inline void pointwise(const Products& p, const Epilogue& e, const void* a, ptrdi
   const char* from = static_cast<const char*>(a);
   switch (p.format) {
     case Format::f32: return panels<Format::f32>(p, e, from, stride, begin, end, first, last);
+#if defined(MF_LEVEL_TILES)
+    case Format::bf16: return tiles(p, e, static_cast<const uint16_t*>(a), begin, end, first, last);
+#else
     case Format::bf16: return panels<Format::bf16>(p, e, from, stride, begin, end, first, last);
-    case Format::bf16_weight: return panels<Format::bf16_weight>(p, e, from, stride, begin, end, first, last);
+#endif
+    case Format::i16_weight: return panels<Format::i16_weight>(p, e, from, stride, begin, end, first, last);
   }
 }
 

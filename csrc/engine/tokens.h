@@ -67,8 +67,12 @@ inline void spatial_relu(float* x, ptrdiff_t row, int width, int rows, const flo
   }
 }
 
-inline void to_half(const float* x, ptrdiff_t count, uint16_t* half) {
-  for (ptrdiff_t i = 0; i < count; i += LANES) store_half(half + i, load(x + i));
+inline void to_half(const float* x, int positions, const Half& half, int block) {
+  for (int p = 0; p < positions; ++p) {
+    for (int lane = 0; lane < BLOCK; lane += LANES) {
+      store_half(half, half_at(half, block, p) + lane, load(x + ptrdiff_t(p) * BLOCK + lane));
+    }
+  }
 }
 
 inline void mean(const float* x, int positions, float* out) {

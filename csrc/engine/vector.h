@@ -11,6 +11,7 @@ typedef float V __attribute__((vector_size(MF_LEVEL_BYTES)));
 typedef int32_t VI __attribute__((vector_size(MF_LEVEL_BYTES)));
 typedef uint32_t VU __attribute__((vector_size(MF_LEVEL_BYTES)));
 typedef uint16_t VH __attribute__((vector_size(MF_LEVEL_BYTES / 2)));
+typedef int16_t VS __attribute__((vector_size(MF_LEVEL_BYTES / 2)));
 
 MF_INLINE V broadcast(float value) { return value - V{}; }
 
@@ -27,22 +28,46 @@ MF_INLINE V minimum(V a, V b) { return a < b ? a : b; }
 
 MF_INLINE V clamp(V x, float low, float high) { return minimum(maximum(x, broadcast(low)), broadcast(high)); }
 
-MF_INLINE V load_half(const uint16_t* source) {
-  VH bits;
-  __builtin_memcpy(&bits, source, sizeof(bits));
-  return (V)(__builtin_convertvector(bits, VU) << 16);
+MF_INLINE V load_integers(const int16_t* source) {
+  VS integers;
+  __builtin_memcpy(&integers, source, sizeof(integers));
+  return __builtin_convertvector(integers, V);
 }
 
-// To nearest even; what is not a number stays so
-MF_INLINE void store_half(uint16_t* target, V v) {
+// bfloat16 to nearest even; what is not a number stays so
+MF_INLINE VH to_bf16(V v) {
 #if defined(MF_LEVEL_PAIRS)
-  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+  return (VH)_mm512_cvtneps_pbh((__m512)v);
 #else
   const VU bits = (VU)v;
   const VU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const VH half = __builtin_convertvector(v == v ? rounded : VU{} + 0x7fc0u, VH);
+  return __builtin_convertvector(v == v ? rounded : VU{} + 0x7fc0u, VH);
 #endif
-  __builtin_memcpy(target, &half, sizeof(half));
+}
+
+// Channels of a bfloat16 map that lie together: what a product reads at once of a position, at least a block
+#if defined(MF_LEVEL_TILES)
+constexpr int HALF_RUN = 32, HALF_STEP = 32;
+#else
+constexpr int HALF_RUN = BLOCK, HALF_STEP = 2;
+#endif
+
+MF_INLINE uint16_t* half_at(const Half& half, ptrdiff_t block, ptrdiff_t position) {
+  return half.data + block * BLOCK / HALF_RUN * half.run + block * BLOCK % HALF_RUN + position * HALF_RUN;
+}
+
+// One vector to half_at(...) plus a lane. The second piece is what rounding took from the first one, and so on.
+MF_INLINE void store_half([[maybe_unused]] const Half& half, uint16_t* target, V v) {
+  VH bits = to_bf16(v);
+  __builtin_memcpy(target, &bits, sizeof(bits));
+#if defined(MF_LEVEL_TILES)
+  for (int i = 1; i < half.pieces; ++i) {
+    v -= (V)(__builtin_convertvector(bits, VU) << 16);
+    bits = to_bf16(v);
+    target += half.piece;
+    __builtin_memcpy(target, &bits, sizeof(bits));
+  }
+#endif
 }
 
 // 2^x for x < 127; 0 where that would be denormal

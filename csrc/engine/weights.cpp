@@ -24,7 +24,8 @@ constexpr int bf16_from_stride(Part part, Kind kind) {
 class Builder {
  public:
   Builder(const Config& config, const Arrays* arrays, Arena& arena, bool bf16, const Kernels& kernels)
-      : config_(config), read_(arrays), pack_(arena, kernels), bf16_(bf16) {}
+      : config_(config), read_(arrays), pack_(arena, kernels), bf16_(bf16),
+        rows_(bf16 ? Format::i16_weight : Format::f32), half_step_(kernels.half_step) {}
 
   // Output n of the packed layer is row target[n] of the stored weight, -1 for a gap; factor by packed output
   Linear linear(const std::vector<std::string>& names, const std::vector<int>& outputs, int inputs,
@@ -85,7 +86,8 @@ class Builder {
 
   // `source` is where the inputs lie; `shuffled`: the outputs leave in the order of a channel shuffle
   Pointwise pointwise(const std::string& name, int outputs, int inputs, const Places& source, bool shuffled,
-                      Format format, bool to_map = true) {
+                      int pieces, bool to_map = true) {
+    const Format format = pieces > 0 ? Format::bf16 : Format::f32;
     const int G = config_.groups, N = outputs / G, K = inputs / G;
     const float* weight = read_(name + ".weight", {outputs, K, 1, 1});
     const float* bias = read_(name + ".bias", {outputs});
@@ -110,16 +112,16 @@ class Builder {
     layer.blocks = products * layer.group_blocks;
     for (int g = 0; g < products; ++g) {
       Pointwise::Group group;
-      // what each input of the product is in logical order, -1 beside a pair's only member
+      // what each input of the product is in logical order, -1 where a step has one that the group does not read
       std::vector<int> channels;
       std::map<int, int> channel_at;
       for (int k = 0; k < depth; ++k) channel_at[storage[g * depth + k]] = g * depth + k;
       for (const auto& [place, channel] : channel_at) {
         if (format == Format::bf16) {
-          const int pair = place / 2 * 2;
-          if (!group.inputs.empty() && group.inputs.back() == pair) continue;
-          group.inputs.push_back(pair);
-          for (int member : {pair, pair + 1}) {
+          const int first = place / half_step_ * half_step_;
+          if (!group.inputs.empty() && group.inputs.back() == first) continue;
+          group.inputs.push_back(first);
+          for (int member = first; member < first + half_step_; ++member) {
             const auto found = channel_at.find(member);
             channels.push_back(found == channel_at.end() ? -1 : found->second);
           }
@@ -128,10 +130,11 @@ class Builder {
           channels.push_back(channel);
         }
       }
-      group.products = pack_.products(format, width, int(group.inputs.size()), [&](int n, int k) {
+      const auto element = [&](int n, int k) {
         const int output = row(g, n), channel = channels[k];
         return channel >= 0 && channel / K == output / N ? weight[long(output) * K + channel % K] : 0.0f;
-      });
+      };
+      group.products = pack_.products(format, width, int(group.inputs.size()), element, pieces);
       layer.groups.push_back(std::move(group));
     }
     layer.bias = pack_.vector(layer.blocks * BLOCK, [&](int i) {
@@ -246,9 +249,12 @@ class Builder {
     return b;
   }
 
-  // How a pointwise layer of the block at work takes its products
-  Format maps(Part part, Kind kind) const {
-    return bf16_ && stride_ >= bf16_from_stride(part, kind) ? Format::bf16 : Format::f32;
+  // Pieces of the bfloat16 that a pointwise layer of the block at work multiplies; 0 for floats. Where the products
+  // are cheap enough, two pieces have 16 bits of a float, and three all 24.
+  int maps(Part part, Kind kind) const {
+    const bool rounded = bf16_ && stride_ >= bf16_from_stride(part, kind);
+    if (half_step_ == 2) return rounded ? 1 : 0;
+    return rounded ? 1 : bf16_ ? 2 : 3;
   }
 
   const Shapes& asked() const { return read_.asked(); }
@@ -275,7 +281,6 @@ class Builder {
       for (int i = 0; i < C; ++i) source[i % config_.groups * (C / config_.groups) + i / config_.groups] = i;
     }
     w.head = pointwise("head.expand", 6 * C, C, source, false, maps(Part::expand, Kind::same), false);
-    if (bf16_) rows_ = Format::bf16_weight;
     w.fc_at = pack_.taken();
     w.fc = linear("head.fc", config_.hidden_features, 6 * C + D);
     w.classifier = linear("head.classifier", config_.num_classes, config_.hidden_features);
@@ -305,8 +310,9 @@ class Builder {
   Reader read_;
   Packer pack_;
   const bool bf16_;
-  int stride_ = 2;             // of the block at work
-  Format rows_ = Format::f32;  // of linear layers
+  const Format rows_;  // of linear layers
+  const int half_step_;
+  int stride_ = 2;  // of the block at work
 };
 
 }  // namespace

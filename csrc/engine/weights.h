@@ -82,7 +82,7 @@ constexpr int MAX_GROUPED = 256;  // channels of a map that a grouped convolutio
 struct Pointwise {
   struct Group {
     Products products;        // without offsets: they depend on the size of the map
-    std::vector<int> inputs;  // storage of each input, or of the first of each pair
+    std::vector<int> inputs;  // storage of each input, or of the first of each step
   };
   std::vector<Group> groups;
   const float* bias = nullptr;  // [blocks][16]
@@ -91,6 +91,7 @@ struct Pointwise {
   int inputs = 0, outputs = 0;
 
   bool half() const { return groups[0].products.format == Format::bf16; }  // of the map that it reads
+  int pieces() const { return half() ? groups[0].products.pieces : 0; }    // of its bfloat16
 
   bool shuffled = false;  // output n of group g is channel n * groups + g, instead of group after group
 };

@@ -6,7 +6,7 @@
 namespace mf::engine {
 namespace {
 
-Map make_map(Arena& arena, int channels, int height, int width, bool border, bool half = false) {
+Map make_map(Arena& arena, int channels, int height, int width, bool border) {
   Map map;
   map.channels = channels;
   map.height = height;
@@ -16,28 +16,24 @@ Map make_map(Arena& arena, int channels, int height, int width, bool border, boo
   map.row = ptrdiff_t(width + 2 * edge) * BLOCK;
   map.block = map.row * (height + 2 * edge);
   map.data = arena.take(map.block * map.blocks) + edge * (map.row + BLOCK);
-  if (half) {
-    map.half_block = ptrdiff_t(height) * width * BLOCK;
-    map.half = arena.take<uint16_t>(map.half_block * map.blocks);
-  }
   return map;
 }
 
-std::vector<int32_t> offsets_of(const std::vector<int>& storage, ptrdiff_t block) {
-  std::vector<int32_t> offsets;
-  for (int place : storage) offsets.push_back(int32_t(place / BLOCK * block + place % BLOCK));
-  return offsets;
-}
-
-Offsets offsets_of(const Pointwise& layer, ptrdiff_t block) {
+// Where a layer's inputs lie in a map whose blocks, or runs of bfloat16, are `block` elements apart
+Offsets offsets_of(const Pointwise& layer, ptrdiff_t block, const Kernels& kernels) {
+  const int channels = layer.half() ? kernels.half_run : BLOCK;
   Offsets offsets;
-  for (const Pointwise::Group& group : layer.groups) offsets.push_back(offsets_of(group.inputs, block));
+  for (const Pointwise::Group& group : layer.groups) {
+    std::vector<int32_t>& of = offsets.emplace_back();
+    for (int place : group.inputs) of.push_back(int32_t(place / channels * block + place % channels));
+  }
   return offsets;
 }
 
 }  // namespace
 
-Workspace::Workspace(const Config& config, const Weights& weights, int height, int width, int threads)
+Workspace::Workspace(const Config& config, const Weights& weights, const Kernels& kernels, int height, int width,
+                     int threads)
     : height(height), width(width) {
   const int M = config.num_tokens, D = config.token_dim;
   const auto halved = [](int side) { return (side + 1) / 2; };
@@ -45,7 +41,7 @@ Workspace::Workspace(const Config& config, const Weights& weights, int height, i
   stem = make_map(arena, C, h, w, true);
   scratch.resize(threads);
 
-  size_t flat_floats = 0, slope_floats = 0;
+  size_t flat_bytes = 0, slope_floats = 0;
   int grouped_blocks = 0;
   int widest = C, most_blocks = blocks_of(C);
   Map in = stem;
@@ -60,18 +56,33 @@ Workspace::Workspace(const Config& config, const Weights& weights, int height, i
     const Block* next = i + 1 < weights.blocks.size() ? &weights.blocks[i + 1] : nullptr;
     // a depthwise convolution reads a border, a pointwise one of bfloat16 what is rounded to it
     const bool border = next && next->config.kind != Kind::same;
-    const bool half = next ? next->config.kind == Kind::same && next->expand.half() : weights.head.half();
-    space.out = make_map(arena, N, h, w, border, half);
-    const ptrdiff_t flat_block = ptrdiff_t(positions) * BLOCK;
-    space.project = offsets_of(b.project, flat_block);
-    flat_floats = std::max(flat_floats, b.depthwise.places.size() * positions);
+    const int pieces = !next ? weights.head.pieces() : next->config.kind == Kind::same ? next->expand.pieces() : 0;
+    space.out = make_map(arena, N, h, w, border);
+    if (pieces > 0) {
+      Half& half = space.out.half = half_of(nullptr, pieces, blocks_of(N), int(positions), kernels);
+      half.data = arena.take<uint16_t>(half_size(half));
+    }
+    // a depthwise output and the layer that reads it
+    const auto flat_map = [&](const DepthwiseLayer& made, const Pointwise& read) {
+      const int blocks = int(made.in_block.size());
+      const Half half = half_of(nullptr, read.pieces(), blocks, int(positions), kernels);
+      const size_t floats = made.places.size() * positions;
+      flat_bytes = std::max(flat_bytes, read.half() ? half_size(half) * sizeof(uint16_t) : floats * sizeof(float));
+      return offsets_of(read, read.half() ? half.run : ptrdiff_t(positions) * BLOCK, kernels);
+    };
+    const auto map_before = [&](const Pointwise& read) {
+      return offsets_of(read, read.half() ? in.half.run : in.block, kernels);
+    };
     grouped_blocks = std::max({grouped_blocks, b.project.blocks, b.squeeze.blocks});
     if (b.config.kind == Kind::same) {
-      space.expand = offsets_of(b.expand, b.expand.half() ? in.half_block : in.block);
+      space.expand = map_before(b.expand);
+      space.project = flat_map(b.depthwise, b.project);
     } else if (b.config.kind == Kind::down) {
       space.middle = make_map(arena, N, h, w, true);
-      space.squeeze = offsets_of(b.squeeze, flat_block);
-      flat_floats = std::max(flat_floats, b.second.places.size() * positions);
+      space.squeeze = flat_map(b.depthwise, b.squeeze);
+      space.project = flat_map(b.second, b.project);
+    } else {
+      space.project = flat_map(b.depthwise, b.project);
     }
     if (b.config.kind != Kind::lite) {
       space.queries = arena.take(size_t(C) * MAX_TOKENS);
@@ -89,10 +100,9 @@ Workspace::Workspace(const Config& config, const Weights& weights, int height, i
     widest = std::max(widest, C);
     most_blocks = std::max(most_blocks, blocks_of(C));
   }
-  flat.data = arena.take(flat_floats);
-  flat.half = reinterpret_cast<uint16_t*>(flat.data);
+  flat = arena.take(flat_bytes / sizeof(float));
   head = make_map(arena, 6 * C, h, w, false);
-  head_offsets = offsets_of(weights.head, weights.head.half() ? in.half_block : in.block);
+  head_offsets = offsets_of(weights.head, weights.head.half() ? in.half.run : in.block, kernels);
   gather_queries = arena.take(size_t(C) * MAX_TOKENS);
   image_half = (width / 2 + 2 + BLOCK) / BLOCK * BLOCK;
   in_order.resize(std::max({6 * C + D, config.hidden_features, 2 * D}));

@@ -12,14 +12,21 @@ struct Map {
   float* data = nullptr;  // the first position inside
   int channels = 0, height = 0, width = 0, blocks = 0;
   ptrdiff_t row = 0, block = 0;  // floats
-  uint16_t* half = nullptr;      // the same as bfloat16, without border, or null
-  ptrdiff_t half_block = 0;
+  Half half;                     // the same as bfloat16, or null
 
   int positions() const { return height * width; }
 };
 
 // Offsets of the inputs of each group of a pointwise layer, for a map of one size.
 using Offsets = std::vector<std::vector<int32_t>>;
+
+// A map of `blocks` blocks as bfloat16 at `data`; it takes half_size elements.
+inline Half half_of(uint16_t* data, int pieces, int blocks, int positions, const Kernels& kernels) {
+  const int runs = (blocks * BLOCK + kernels.half_run - 1) / kernels.half_run;
+  const ptrdiff_t run = ptrdiff_t(positions) * kernels.half_run;
+  return {data, pieces, runs * run, run};
+}
+inline size_t half_size(const Half& half) { return size_t(half.pieces) * half.piece; }
 
 struct BlockSpace {
   Map out;
@@ -55,13 +62,13 @@ constexpr int MAX_SPANS = 8;
 inline int spans_of(int positions) { return std::clamp(positions / SPAN_POSITIONS, 1, MAX_SPANS); }
 
 struct Workspace {
-  Workspace(const Config&, const Weights&, int height, int width, int threads);
+  Workspace(const Config&, const Weights&, const Kernels&, int height, int width, int threads);
 
   int height, width;
   Arena arena;
   Map stem;
   std::vector<BlockSpace> blocks;
-  Map flat;  // any depthwise output: float or bfloat16
+  float* flat;  // any depthwise output: float or bfloat16
   Map head;
   std::vector<Scratch> scratch;
   Span spans[MAX_SPANS];
