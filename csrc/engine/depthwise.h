@@ -46,13 +46,16 @@ MF_INLINE void depthwise_tile(const Depthwise& d, int y, int x, int lane) {
 // A row in tiles of one width; the last one overlaps the one before it, and says the same there
 template <int STRIDE, int WIDTH>
 inline void depthwise_rows(const Depthwise& d, int first, int last) {
+  Ahead ahead = d.ahead ? *d.ahead : Ahead{};
   for (int lane = 0; lane < BLOCK; lane += LANES) {
     for (int y = first; y < last; ++y) {
       for (int x = 0; x < d.width; x += WIDTH) {
+        for (int line = 0; line < WIDTH; line += 4) ask(ahead);
         depthwise_tile<STRIDE, WIDTH>(d, y, x + WIDTH <= d.width ? x : d.width - WIDTH, lane);
       }
     }
   }
+  if (d.ahead) d.ahead->at = ahead.at;
 }
 
 template <int STRIDE>

@@ -96,6 +96,7 @@ struct Depthwise {
   float* out = nullptr;  // one block without border, or null
   Half half;             // all blocks, or null
   int half_block = 0;    // which of them is this one
+  Ahead* ahead = nullptr;
 };
 
 // The positions of a map as the attentions walk them: `rows` runs of `width` positions.

@@ -116,6 +116,7 @@ void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_
   d.weight = layer.weight + ptrdiff_t(block) * 9 * BLOCK;
   d.bias = layer.bias + ptrdiff_t(block) * BLOCK;
   d.act = act;
+  d.ahead = ahead();
   if (act == Act::dynamic_relu && !spatial()) {
     d.slope1 = slopes + ptrdiff_t(block) * BLOCK;
     d.slope2 = d.slope1 + layer.places.size();

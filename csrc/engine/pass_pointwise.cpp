@@ -17,7 +17,11 @@ constexpr size_t AHEAD = size_t(4) << 20;
 void Pass::look_ahead(size_t at) {
   // the last layers serve all images at once
   const size_t end = image + 1 < images_ ? weights.fc_at : weights.arena.taken();
-  asked_ = std::max(asked_, at);
+  // nor is anything asked for that has been read meanwhile
+  if (const size_t left = ahead_.end - ahead_.at; asked_ - left < at) {
+    ahead_ = {};
+    asked_ = at;
+  }
   ask_until_ = std::min(end, at + AHEAD);
 }
 

@@ -100,14 +100,6 @@ MF_INLINE __m256 add_pair(__m256 acc, __m256i a, const uint16_t* weight) {
 }
 #endif
 
-// For one line of weights to come: it costs nothing beside the multiply-adds of a step
-MF_INLINE void ask(Ahead& ahead) {
-  if (ahead.at < ahead.end) {
-    __builtin_prefetch(ahead.at, 0, 2);
-    ahead.at += ahead.step;
-  }
-}
-
 template <Format FORMAT, int ROWS, int VECTORS, int SETS>
 inline void tile(const Products& p, const Epilogue& e, const char* a, ptrdiff_t stride, const char* weight, int vector,
                  int position, int y, int x) {

@@ -63,12 +63,13 @@ MF_INLINE void for_registers(F f) {
 
 // Sums of one or two tiles of positions, a[0] and a[1] their first ones
 template <int VECTORS, int TILES>
-MF_INLINE void multiply(const Products& p, const uint16_t* const (&a)[2], const uint16_t* weight) {
+MF_INLINE void multiply(const Products& p, const uint16_t* const (&a)[2], const uint16_t* weight, Ahead& ahead) {
   for_registers<VECTORS, TILES>([]<int REGISTER>() { clear_sums<REGISTER>(); });
   for (int k = 0; k < p.depth; ++k) {
     for (int j = 0; j < p.pieces; ++j, weight += VECTORS * 2 * SUMS) {
       for (int i = 0; i + j < p.pieces; ++i) {
         const ptrdiff_t from = p.offsets[k] + i * p.piece;
+        for (int line = 0; line < VECTORS; ++line) ask(ahead);
         load_positions(a[0] + from);
         [&]<int... V>(std::integer_sequence<int, V...>) {
           ((load_weights(weight + V * 2 * SUMS), add_products<2 * V>()), ...);
@@ -117,6 +118,7 @@ inline void tiles_of(const Products& p, const Epilogue& e, const uint16_t* a, in
                      const uint16_t* weight, int vector) {
   alignas(64) float made[VECTORS * 2 * SUMS];
   int positions[2] = {}, tiles = 0;
+  Ahead ahead = p.ahead ? *p.ahead : Ahead{};
   // The sums before are finished while the matrix unit is at work on the next ones.
   const auto finish = [&]() __attribute__((always_inline)) {
     for (int t = 0; t < tiles; ++t) {
@@ -136,7 +138,7 @@ inline void tiles_of(const Products& p, const Epilogue& e, const uint16_t* a, in
     const int next[2] = {at < end - rows ? at : end - rows, at + rows < end - rows ? at + rows : end - rows};
     const uint16_t* const from[2] = {a + ptrdiff_t(next[0]) * HALF_RUN, a + ptrdiff_t(next[1]) * HALF_RUN};
     const int count = at + rows < end ? 2 : 1;
-    count == 2 ? multiply<VECTORS, 2>(p, from, weight) : multiply<VECTORS, 1>(p, from, weight);
+    count == 2 ? multiply<VECTORS, 2>(p, from, weight, ahead) : multiply<VECTORS, 1>(p, from, weight, ahead);
     finish();
     const auto keep = [&]<int REGISTER>() { store_sums<REGISTER>(made + REGISTER * SUMS); };
     count == 2 ? for_registers<VECTORS, 2>(keep) : for_registers<VECTORS, 1>(keep);
@@ -145,6 +147,7 @@ inline void tiles_of(const Products& p, const Epilogue& e, const uint16_t* a, in
     tiles = count;
   }
   finish();
+  if (p.ahead) p.ahead->at = ahead.at;
 }
 
 // Rows of a tile for so many positions: as many as leave the least to do twice

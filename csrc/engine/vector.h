@@ -28,10 +28,23 @@ MF_INLINE V minimum(V a, V b) { return a < b ? a : b; }
 
 MF_INLINE V clamp(V x, float low, float high) { return minimum(maximum(x, broadcast(low)), broadcast(high)); }
 
+// Integers of 16 bits to 32. GCC makes halves of a vector where it is left to itself, and takes the unmasked intrinsics
+// for something uninitialised.
+#if defined(MF_LEVEL_AVX512)
+MF_INLINE VI widen(VS v) { return (VI)_mm512_maskz_cvtepi16_epi32(0xffff, (__m256i)v); }
+MF_INLINE VU widen(VH v) { return (VU)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v); }
+#elif MF_LEVEL_BYTES == 32
+MF_INLINE VI widen(VS v) { return (VI)_mm256_cvtepi16_epi32((__m128i)v); }
+MF_INLINE VU widen(VH v) { return (VU)_mm256_cvtepu16_epi32((__m128i)v); }
+#else
+MF_INLINE VI widen(VS v) { return __builtin_convertvector(v, VI); }
+MF_INLINE VU widen(VH v) { return __builtin_convertvector(v, VU); }
+#endif
+
 MF_INLINE V load_integers(const int16_t* source) {
   VS integers;
   __builtin_memcpy(&integers, source, sizeof(integers));
-  return __builtin_convertvector(integers, V);
+  return __builtin_convertvector(widen(integers), V);
 }
 
 // bfloat16 to nearest even; what is not a number stays so
@@ -62,7 +75,7 @@ MF_INLINE void store_half([[maybe_unused]] const Half& half, uint16_t* target, V
   __builtin_memcpy(target, &bits, sizeof(bits));
 #if defined(MF_LEVEL_TILES)
   for (int i = 1; i < half.pieces; ++i) {
-    v -= (V)(__builtin_convertvector(bits, VU) << 16);
+    v -= (V)(widen(bits) << 16);
     bits = to_bf16(v);
     target += half.piece;
     __builtin_memcpy(target, &bits, sizeof(bits));
@@ -111,6 +124,14 @@ MF_INLINE V activate(V y, Act act) {
     case Act::gelu: return gelu(y);
     case Act::hard_sigmoid: return hard_sigmoid(y);
     default: return y;
+  }
+}
+
+// For one line of weights to come: it costs nothing beside the multiply-adds of a step
+MF_INLINE void ask(Ahead& ahead) {
+  if (ahead.at < ahead.end) {
+    __builtin_prefetch(ahead.at, 0, 2);
+    ahead.at += ahead.step;
   }
 }
 

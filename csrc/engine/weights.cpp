@@ -249,12 +249,13 @@ class Builder {
     return b;
   }
 
-  // Pieces of the bfloat16 that a pointwise layer of the block at work multiplies; 0 for floats. Where the products
-  // are cheap enough, two pieces have 16 bits of a float, and three all 24.
+  // Pieces of bfloat16 that a pointwise layer of the block at work multiplies; 0 for floats. Tiles have the products of
+  // two pieces, 16 bits of a float, in less time than vectors have those of floats. Of three they had not: the maps
+  // around them took longer to write than was gained.
   int maps(Part part, Kind kind) const {
-    const bool rounded = bf16_ && stride_ >= bf16_from_stride(part, kind);
-    if (half_step_ == 2) return rounded ? 1 : 0;
-    return rounded ? 1 : bf16_ ? 2 : 3;
+    if (!bf16_) return 0;
+    const bool tiles = half_step_ > 2;
+    return stride_ >= bf16_from_stride(part, kind) ? 1 : tiles ? 2 : 0;
   }
 
   const Shapes& asked() const { return read_.asked(); }
