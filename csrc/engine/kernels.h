@@ -125,8 +125,9 @@ struct Kernels {
                            float* kept);
   // Former-to-Mobile, keys [C][8] by token: x += the values [blocks][M][16], weighted
   void (*former_to_mobile)(const Walk&, const float* keys, const float* values, int C, int M, float* out, const Half&);
-  void (*layer_norm)(float* x, const float* weight, const float* bias, int D, int M);       // x [M][D]
-  void (*former_attention)(const float* q, const float* tokens, float* out, int D, int M);  // [M][D] each
+  void (*layer_norm)(float* x, const float* weight, const float* bias, int D, int rows);  // x [rows][D]
+  // the attention of `rows` queries over the tokens [M][D]; q, out [rows][D]
+  void (*former_attention)(const float* q, const float* tokens, float* out, int D, int M, int rows);
   // x [rows][16] of one block: max(s1 x, s2 x), s = the mix [positions][8] of the tokens' slopes [2][M][16]
   void (*spatial_relu)(float* x, ptrdiff_t row, int width, int rows, const float* mix, const float* slopes, int M);
   void (*to_half)(const float* x, int positions, const Half&, int block);  // x: one block, from half's first position

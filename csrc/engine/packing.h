@@ -1,6 +1,7 @@
 // Arrays of a folded network taken by name, and weights laid out as the kernels read them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -141,15 +142,12 @@ class Packer {
     p.scale = scale;
     for (int n = 0; n < N; ++n) {
       float most = 0;
-      for (int k = 0; k < p.depth; ++k) {
-        const float size = std::fabs(element(n, k));
-        if (!(size <= most) && !std::isnan(most)) most = size;  // what is not a number spoils its output, as it should
-      }
+      for (int k = 0; k < p.depth; ++k) most = std::max(most, std::fabs(element(n, k)));
       scale[n] = most / 32767;
     }
     in_panels(p, [&](int n, int k) {
       const float steps = n < N && scale[n] > 0 ? element(n, k) / scale[n] : 0;
-      *to++ = std::fabs(steps) <= 32767.5f ? int16_t(std::lrint(steps)) : 0;
+      *to++ = std::fabs(steps) < 32768 ? int16_t(std::lrint(steps)) : 0;  // what is no number is none of them
     });
   }
 

@@ -38,6 +38,7 @@ class Pass {
   // tokens
   void linear(const Linear&, const float* in, int in_row, int rows, float* out, int out_row, Act = Act::identity,
               const float* residual = nullptr);
+  void normalise(const Norm&);
   void gather(const MobileToFormer&, const Map& in, float* queries);
   void token_side(const Block&, BlockSpace&, const Map& in);
   void slopes(const TokenSide&, int which, int reduced_row, const char* stage, const Places& order);

@@ -214,10 +214,7 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
   float* inside = panel + row + BLOCK;
 
   // A few blocks of the hidden map at a time: expanded, convolved, and never out of the cache
-  int first, last;
-  worker.share(int(block.windows.size()), 1, &first, &last);
-  for (int i = first; i < last; ++i) {
-    const Window& window = block.windows[i];
+  const auto convolve = [&](const Window& window, int first_row, int last_row) {
     const ptrdiff_t group_block = ptrdiff_t(window.group) * expand.group_blocks;
     Products products = expand.groups[window.group].products;
     products.offsets = own.expand[window.group].data();
@@ -234,21 +231,31 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
       e.slope2 = e.slope1 + places;
     }
     const int first_block = int(group_block) + window.first_block;
+    const int above = std::max(0, first_row - 1), below = std::min(own.height, last_row + 1);  // rows that are read
     products.ahead = ahead();
-    network.kernels.pointwise(products, e, from, stride, 0, own.height * own.width, window.first_panel,
+    network.kernels.pointwise(products, e, from, stride, above * own.width, below * own.width, window.first_panel,
                               window.last_panel);
     for (int b = 0; b < window.blocks; ++b) {
       float* x = inside + b * plane;
-      if (spatial()) spatial_relu(x, row, own.width, 0, own.height, space.slopes[0], places, first_block + b);
+      if (spatial()) {
+        spatial_relu(x + above * row, row, own.width, above, below, space.slopes[0], places, first_block + b);
+      }
       dump_block(".expand", x, row, own.height, own.width, block.depthwise.places, first_block + b);
     }
     mark(".expand");
     for (int b = 0; b < window.blocks; ++b) {
       depthwise(block.depthwise, inside + b * plane, row, own.out, first_block + b, space.slopes[1], Act::dynamic_relu,
-                block.project, 0, own.height);
+                block.project, first_row, last_row);
     }
     mark(".depthwise");
-  }
+  };
+  // Windows that do not come out even are dealt out by rows.
+  const int windows = int(block.windows.size()), even = windows / worker.size * worker.size;
+  int first, last;
+  worker.share(even, 1, &first, &last);
+  for (int i = first; i < last; ++i) convolve(block.windows[i], 0, own.height);
+  worker.share(own.height, 1, &first, &last);
+  for (int i = even; i < windows && first < last; ++i) convolve(block.windows[i], first, last);
   worker.sync();
   dump_flat(".depthwise", block.depthwise, own.height, own.width, block.project);
   // few positions are dealt out by outputs, many by positions

@@ -60,6 +60,14 @@ void Pass::linear(const Linear& layer, const float* in, int in_row, int rows, fl
   worker.sync();
 }
 
+void Pass::normalise(const Norm& norm) {
+  const int D = network.config.token_dim;
+  int first, last;
+  worker.share(network.config.num_tokens, 1, &first, &last);
+  network.kernels.layer_norm(space.tokens + first * D, norm.weight, norm.bias, D, last - first);
+  worker.sync();
+}
+
 // tokens <- norm(tokens + project(gate * attention of the tokens over the map's positions))
 void Pass::gather(const MobileToFormer& part, const Map& in, float* queries) {
   const int M = network.config.num_tokens, D = network.config.token_dim, C = part.channels;
@@ -118,8 +126,7 @@ void Pass::gather(const MobileToFormer& part, const Map& in, float* queries) {
   }
   worker.sync();
   linear(part.project, space.gathered, half_row, M, space.tokens, D, Act::identity, space.tokens);
-  if (leader()) network.kernels.layer_norm(space.tokens, part.norm.weight, part.norm.bias, D, M);
-  worker.sync();
+  normalise(part.norm);
   mark(".mobile_to_former, tokens", double(M) * D * (part.query_and_gate.outputs + C));
 }
 
@@ -130,15 +137,15 @@ void Pass::token_side(const Block& block, BlockSpace& own, const Map& in) {
   dump_tokens(".mobile_to_former");
 
   linear(side.query, space.tokens, D, M, space.row, D);
-  if (leader()) network.kernels.former_attention(space.row, space.tokens, space.wide, D, M);
+  int first, last;
+  worker.share(M, 1, &first, &last);
+  network.kernels.former_attention(space.row + first * D, space.tokens, space.wide + first * D, D, M, last - first);
   worker.sync();
   linear(side.project, space.wide, D, M, space.tokens, D, Act::identity, space.tokens);
-  if (leader()) network.kernels.layer_norm(space.tokens, side.norm.weight, side.norm.bias, D, M);
-  worker.sync();
+  normalise(side.norm);
   linear(side.ffn_expand, space.tokens, D, M, space.wide, 2 * D, Act::gelu);
   linear(side.ffn_project, space.wide, 2 * D, M, space.tokens, D, Act::identity, space.tokens);
-  if (leader()) network.kernels.layer_norm(space.tokens, side.ffn_norm.weight, side.ffn_norm.bias, D, M);
-  worker.sync();
+  normalise(side.ffn_norm);
   dump_tokens(".tokens");
   mark(".former", 6.0 * M * D * D + 2.0 * M * M * D);
 

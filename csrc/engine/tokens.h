@@ -3,9 +3,9 @@
 
 namespace mf::engine::MF_LEVEL {
 
-// Every token of x [M][D] to mean 0 and variance 1, times weight, plus bias
-inline void layer_norm(float* x, const float* weight, const float* bias, int D, int M) {
-  for (int m = 0; m < M; ++m, x += D) {
+// Every token of x [rows][D] to mean 0 and variance 1, times weight, plus bias
+inline void layer_norm(float* x, const float* weight, const float* bias, int D, int rows) {
+  for (int m = 0; m < rows; ++m, x += D) {
     V total{};
     for (int c = 0; c < D; c += LANES) total += load(x + c);
     const float mean = sum_lanes(total) / D;
@@ -20,10 +20,10 @@ inline void layer_norm(float* x, const float* weight, const float* bias, int D, 
 }
 
 // out[i] = sum over j of softmax over j (q[i] . tokens[j]) tokens[j], head by head; q carries scale and log2(e)
-inline void former_attention(const float* q, const float* tokens, float* out, int D, int M) {
+inline void former_attention(const float* q, const float* tokens, float* out, int D, int M, int rows) {
   const int E = D / FORMER_HEADS;
   for (int first = 0; first < D; first += E) {
-    for (int i = 0; i < M; ++i) {
+    for (int i = 0; i < rows; ++i) {
       float weights[BLOCK];
       for (float& weight : weights) weight = -3.0e38f;
       float top = -3.0e38f;

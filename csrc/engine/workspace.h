@@ -56,7 +56,7 @@ struct Span {
   float* sums = nullptr;  // [blocks][M][16]
 };
 
-constexpr int SPAN_POSITIONS = 784;
+constexpr int SPAN_POSITIONS = 392;
 constexpr int MAX_SPANS = 8;
 
 inline int spans_of(int positions) { return std::clamp(positions / SPAN_POSITIONS, 1, MAX_SPANS); }
