@@ -27,9 +27,21 @@ namespace mf::engine::MF_LEVEL {
 #define MF_NAME(name) MF_NAME_TEXT(name)
 
 extern const Kernels KERNELS = {
-    MF_NAME(MF_LEVEL), LANES,     HALF_RUN,         HALF_STEP,        pointwise,  split_row,
-    stem,              depthwise, mobile_to_former, former_to_mobile, layer_norm, former_attention,
-    spatial_relu,      to_half,   mean,
+    MF_NAME(MF_LEVEL),
+    LANES,
+    HALF_RUN,
+    HALF_STEP,
+    pointwise,
+    split_row,
+    stem,
+    depthwise,
+    mobile_to_former,
+    former_to_mobile,
+    layer_norm,
+    former_attention,
+    spatial_relu,
+    to_half,
+    mean,
 };
 
 #undef MF_NAME

@@ -53,9 +53,9 @@ struct Products {
   const float* scale = nullptr;  // i16_weight: [vectors] of the sums
   int pieces = 1;                // bf16: of map and weight
   ptrdiff_t piece = 0;           // elements between those of the map
-  int vectors = 0;         // of outputs, in vectors of the instruction set
-  bool half_tail = false;  // of the last block, only the lower half is outputs
-  Ahead* ahead = nullptr;  // moved on by what was asked for, or null
+  int vectors = 0;               // of outputs, in vectors of the instruction set
+  bool half_tail = false;        // of the last block, only the lower half is outputs
+  Ahead* ahead = nullptr;        // moved on by what was asked for, or null
 };
 
 // What happens to the sums of a layer. All channel vectors begin at the group's first output.

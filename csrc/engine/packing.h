@@ -77,8 +77,7 @@ using Element = std::function<float(int n, int k)>;
 
 class Packer {
  public:
-  Packer(Arena& arena, const Kernels& kernels)
-      : arena_(arena), lanes_(kernels.lanes), half_step_(kernels.half_step) {}
+  Packer(Arena& arena, const Kernels& kernels) : arena_(arena), lanes_(kernels.lanes), half_step_(kernels.half_step) {}
 
   // N outputs of `depth` inputs, or of `depth` steps of them where `format` is bf16
   Products products(Format format, int N, int depth, const Element& element, int pieces = 1) {
@@ -147,7 +146,7 @@ class Packer {
     }
     in_panels(p, [&](int n, int k) {
       const float steps = n < N && scale[n] > 0 ? element(n, k) / scale[n] : 0;
-      *to++ = std::fabs(steps) < 32768 ? int16_t(std::lrint(steps)) : 0;  // what is no number is none of them
+      *to++ = int16_t(std::lrint(std::clamp(steps, -32767.0f, 32767.0f)));
     });
   }
 

@@ -128,7 +128,8 @@ void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_
     // the rest of the last run, which weights of zero meet: it must be numbers
     uint16_t* rest = half.data + (half.piece / half.run - 1) * half.run + BLOCK;
     for (int i = 0; i < half.pieces; ++i, rest += half.piece) {
-      for (int p = first_row * out.width; p < last_row * out.width; ++p) std::fill_n(rest + p * run, BLOCK, uint16_t(0));
+      for (int p = first_row * out.width; p < last_row * out.width; ++p)
+        std::fill_n(rest + p * run, BLOCK, uint16_t(0));
     }
   }
   if (act == Act::dynamic_relu && spatial()) {
@@ -262,7 +263,8 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
   const bool by_panels = own.out.positions() < 128 && block.project.groups.size() == 1;
   int begin = 0, end = own.out.positions();
   if (!by_panels) worker.share(end, 14, &begin, &end);
-  pointwise(block.project, block.depthwise, own.project, own.out, block.has_skip ? &in : nullptr, false, begin, end, by_panels);
+  pointwise(block.project, block.depthwise, own.project, own.out, block.has_skip ? &in : nullptr, false, begin, end,
+            by_panels);
   worker.sync();
   const int P = own.out.positions();
   mark(".project", multiply_adds(block.project, P));

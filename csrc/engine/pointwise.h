@@ -243,8 +243,8 @@ inline void panel(const Products& p, const Epilogue& e, const char* a, ptrdiff_t
   constexpr int rows = tile_rows(VECTORS);
   constexpr int element = FORMAT == Format::bf16 ? 2 : 4;
   // floats are 4 bytes, a pair of bfloat16 too; a 16-bit integer is 2
-  const char* weight = static_cast<const char*>(p.weight) +
-                       ptrdiff_t(vector) * LANES * p.depth * (FORMAT == Format::i16_weight ? 2 : 4);
+  const char* weight =
+      static_cast<const char*>(p.weight) + ptrdiff_t(vector) * LANES * p.depth * (FORMAT == Format::i16_weight ? 2 : 4);
   int y = begin / e.width, x = begin % e.width;
 #if defined(MF_LEVEL_AVX512)
   if constexpr (FORMAT != Format::i16_weight) {

@@ -85,8 +85,8 @@ class Builder {
   }
 
   // `source` is where the inputs lie; `shuffled`: the outputs leave in the order of a channel shuffle
-  Pointwise pointwise(const std::string& name, int outputs, int inputs, const Places& source, bool shuffled,
-                      int pieces, bool to_map = true) {
+  Pointwise pointwise(const std::string& name, int outputs, int inputs, const Places& source, bool shuffled, int pieces,
+                      bool to_map = true) {
     const Format format = pieces > 0 ? Format::bf16 : Format::f32;
     const int G = config_.groups, N = outputs / G, K = inputs / G;
     const float* weight = read_(name + ".weight", {outputs, K, 1, 1});
