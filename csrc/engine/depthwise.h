@@ -35,12 +35,11 @@ MF_INLINE void depthwise_tile(const Depthwise& d, int y, int x, int lane) {
 #pragma GCC unroll 16
     for (int i = 0; i < WIDTH; ++i) sums[i] = clamp(sums[i], 0.0f, 6.0f);
   }
-  uint16_t* to = d.half.data ? half_at(d.half, d.half_block, ptrdiff_t(y) * d.width + x) + lane : nullptr;
+  if (d.out) {
 #pragma GCC unroll 16
-  for (int i = 0; i < WIDTH; ++i) {
-    if (d.out) store(d.out + at + i * BLOCK, sums[i]);
-    if (d.half.data) store_half(d.half, to + i * HALF_RUN, sums[i]);
+    for (int i = 0; i < WIDTH; ++i) store(d.out + at + i * BLOCK, sums[i]);
   }
+  if (d.half.data) store_half(d.half, half_at(d.half, d.half_block, ptrdiff_t(y) * d.width + x) + lane, sums);
 }
 
 // A row in tiles of one width; the last one overlaps the one before it, and says the same there

@@ -26,7 +26,7 @@ enum class Format {
   i16_weight,  // float map, weight of 16-bit integers and a factor: where a layer is as slow as its weight arrives
 };
 
-// A map as bfloat16, without border, [pieces][runs][P][Kernels::half_run]: the pieces add up to the map.
+// A map as bfloat16, without border, [pieces][runs][P][Kernels::half_run]: one piece, or two that add up to the map.
 struct Half {
   uint16_t* data = nullptr;  // position 0 of the first channel, or null
   int pieces = 1;

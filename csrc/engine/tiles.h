@@ -94,6 +94,7 @@ inline void finish_sums(const float* sums, int rows, const Epilogue& e, int vect
   const V bias = e.bias ? load(e.bias + channel) : V{};
   const V slope1 = DYNAMIC ? load(e.slope1 + channel) : V{}, slope2 = DYNAMIC ? load(e.slope2 + channel) : V{};
   int y = position / e.width, x = position % e.width;
+  const Half to = e.half;
   uint16_t* half = e.half.data ? half_at(e.half, vector, position) : nullptr;
   for (int row = 0; row < rows; ++y, x = 0) {
     const int here = rows - row < e.width - x ? rows - row : e.width - x;  // until the map's row ends
@@ -105,7 +106,7 @@ inline void finish_sums(const float* sums, int rows, const Epilogue& e, int vect
       value = DYNAMIC ? maximum(value * slope1, value * slope2) : activate(value, e.act);
       if (RESIDUAL) value += load(residual + r * BLOCK);
       if (out) store(out + r * BLOCK, value);
-      if (half) store_half(e.half, half + (row + r) * HALF_RUN, value);
+      if (half) store_half(to, half + (row + r) * HALF_RUN, value);
     }
     row += here;
   }

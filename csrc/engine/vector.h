@@ -69,18 +69,28 @@ MF_INLINE uint16_t* half_at(const Half& half, ptrdiff_t block, ptrdiff_t positio
   return half.data + block * BLOCK / HALF_RUN * half.run + block * BLOCK % HALF_RUN + position * HALF_RUN;
 }
 
-// One vector to half_at(...) plus a lane. The second piece is what rounding took from the first one, and so on.
-MF_INLINE void store_half([[maybe_unused]] const Half& half, uint16_t* target, V v) {
-  VH bits = to_bf16(v);
-  __builtin_memcpy(target, &bits, sizeof(bits));
+// Vectors of COUNT positions from half_at(...) plus a lane on. The second piece is what rounding took from the first.
+template <int COUNT>
+MF_INLINE void store_half([[maybe_unused]] const Half& half, uint16_t* to, V (&values)[COUNT]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; ++i) {
+    const VH bits = to_bf16(values[i]);
+    __builtin_memcpy(to + i * HALF_RUN, &bits, sizeof(bits));
+  }
 #if defined(MF_LEVEL_TILES)
-  for (int i = 1; i < half.pieces; ++i) {
-    v -= (V)(widen(bits) << 16);
-    bits = to_bf16(v);
-    target += half.piece;
-    __builtin_memcpy(target, &bits, sizeof(bits));
+  if (half.pieces == 1) return;
+  to += half.piece;
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; ++i) {
+    const VH bits = to_bf16(values[i] - (V)(widen(to_bf16(values[i])) << 16));
+    __builtin_memcpy(to + i * HALF_RUN, &bits, sizeof(bits));
   }
 #endif
+}
+
+MF_INLINE void store_half(const Half& half, uint16_t* to, V value) {
+  V values[1] = {value};
+  store_half(half, to, values);
 }
 
 // 2^x for x < 127; 0 where that would be denormal
