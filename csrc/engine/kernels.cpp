@@ -23,6 +23,13 @@
 
 namespace mf::engine::MF_LEVEL {
 
+// Where bfloat16 plays no part, one set may take the kernels of another.
+#if defined(MF_LEVEL_REST)
+namespace rest = MF_LEVEL_REST;
+#else
+namespace rest = MF_LEVEL;
+#endif
+
 #define MF_NAME_TEXT(name) #name
 #define MF_NAME(name) MF_NAME_TEXT(name)
 
@@ -32,16 +39,16 @@ extern const Kernels KERNELS = {
     HALF_RUN,
     HALF_STEP,
     pointwise,
-    split_row,
-    stem,
+    rest::split_row,
+    rest::stem,
     depthwise,
-    mobile_to_former,
+    rest::mobile_to_former,
     former_to_mobile,
-    layer_norm,
-    former_attention,
-    spatial_relu,
+    rest::layer_norm,
+    rest::former_attention,
+    rest::spatial_relu,
     to_half,
-    mean,
+    rest::mean,
 };
 
 #undef MF_NAME

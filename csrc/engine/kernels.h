@@ -113,7 +113,8 @@ struct Kernels {
   int lanes;      // floats of a vector
   int half_run;   // channels of a bfloat16 map that lie together
   int half_step;  // of them, how many a product takes at a time
-  // positions [begin, end) of panels [first, last) of one group; `a` is position 0, `stride` elements from one to the next
+  // positions [begin, end) of panels [first, last) of one group; `a` is position 0, `stride` elements from one to the
+  // next: for bf16 always half_run
   void (*pointwise)(const Products&, const Epilogue&, const void* a, ptrdiff_t stride, int begin, int end, int first,
                     int last);
   void (*split_row)(const float* row, int width, float* even, float* odd);

@@ -229,9 +229,12 @@ inline void tile_of(int rows, const Products& p, const Epilogue& e, const char* 
   // In maps the distance is known, and addresses cost nothing. Rows of tokens are few, and with too few sums each waits
   // for the one before it: inputs then go to several sets of them in turn. Not in maps, where a tile may be short only
   // for one number of threads, and results must be the same for all.
-  if (stride == BLOCK) {
-    tile<FORMAT, ROWS, VECTORS, 1>(p, e, a, BLOCK, weight, vector, position, y, x);
-  } else {
+  if constexpr (FORMAT != Format::i16_weight) {
+    if (FORMAT == Format::bf16 || stride == BLOCK) {
+      return tile<FORMAT, ROWS, VECTORS, 1>(p, e, a, BLOCK, weight, vector, position, y, x);
+    }
+  }
+  if constexpr (FORMAT != Format::bf16) {
     constexpr int sets = ROWS == 1 ? 4 : ROWS * VECTORS < 8 ? 2 : 1;
     tile<FORMAT, ROWS, VECTORS, sets>(p, e, a, stride, weight, vector, position, y, x);
   }
@@ -289,16 +292,18 @@ inline void panels(const Products& p, const Epilogue& e, const char* a, ptrdiff_
 
 inline void pointwise(const Products& p, const Epilogue& e, const void* a, ptrdiff_t stride, int begin, int end,
                       int first, int last) {
-  const char* from = static_cast<const char*>(a);
-  switch (p.format) {
-    case Format::f32: return panels<Format::f32>(p, e, from, stride, begin, end, first, last);
+  [[maybe_unused]] const char* from = static_cast<const char*>(a);
 #if defined(MF_LEVEL_TILES)
-    case Format::bf16: return tiles(p, e, static_cast<const uint16_t*>(a), begin, end, first, last);
+  if (p.format == Format::bf16) return tiles(p, e, static_cast<const uint16_t*>(a), begin, end, first, last);
 #else
-    case Format::bf16: return panels<Format::bf16>(p, e, from, stride, begin, end, first, last);
+  if (p.format == Format::bf16) return panels<Format::bf16>(p, e, from, stride, begin, end, first, last);
 #endif
-    case Format::i16_weight: return panels<Format::i16_weight>(p, e, from, stride, begin, end, first, last);
-  }
+#if defined(MF_LEVEL_REST)
+  MF_LEVEL_REST::pointwise(p, e, a, stride, begin, end, first, last);
+#else
+  p.format == Format::f32 ? panels<Format::f32>(p, e, from, stride, begin, end, first, last)
+                          : panels<Format::i16_weight>(p, e, from, stride, begin, end, first, last);
+#endif
 }
 
 }  // namespace mf::engine::MF_LEVEL
