@@ -43,7 +43,9 @@ def tables(rows: list[Row]) -> list[str]:
         ours = {name: of for name, of in chosen.items() if any(backend == "engine" for backend, _ in of)}
         contenders = [key for key in NAMES if any(key in of for of in ours.values())]
         head = [*("network", *(f"{NAMES[key]}, ms" for key in contenders)), "engine gains", "engine gains, bf16"]
-        lines += [f"{threads} thread{'s' if threads > 1 else ''}, batch {batch}, 224 x 224, milliseconds an image:", ""]
+        kernels = {row["kernel"] for row in rows if row["backend"] == "engine"}
+        told = f"{threads} thread{'s' if threads > 1 else ''}, batch {batch}, 224 x 224, the engine in"
+        lines += [f"{told} {', '.join(sorted(kernels))}, milliseconds an image:", ""]
         lines += [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
         for name, of in ours.items():
             cells = [f"{of[key]:.2f}" if key in of else "" for key in contenders]
