@@ -29,8 +29,9 @@ def test_gradients(case: testing.Case, layout: str, dtype: torch.dtype, isa: str
     inputs, d_output = case.inputs(dtype, layout=layout), case.d_output(dtype, layout=other)
     with mf_kernels.record_kernels() as record:
         results = testing.evaluate(case.function(mf_kernels), inputs, d_output)
-    # the baseline has no fused multiply-add, which PyTorch's own products use: each of its terms is rounded twice
-    testing.assert_within_budget(case, dtype, results, slack=1.25 if isa == "baseline" else 1.0)
+    # The baseline has no fused multiply-add, which PyTorch's own products use: each of its terms is rounded twice. How
+    # near PyTorch comes, and with it the budget, differs from one make of processor to another.
+    testing.assert_within_budget(case, dtype, results, slack=1.5 if isa == "baseline" else 1.0)
     assert record.counts == native(f"{case.op}_fwd", f"{case.op}_bwd", isa=isa)
 
 
