@@ -57,7 +57,7 @@ def test_a_run_learns_and_writes_everything(tmp_path: Path) -> None:
     losses = [event["loss"] for event in log if event["kind"] == "train"]
     assert len(losses) == 60
     assert np.mean(losses[-6:]) < 0.7 * np.mean(losses[:6])
-    # of 12 images in 3 classes: all right in some epoch, few wrong in the last, whatever the processor rounds
+    # of 12 images in 3 classes: hardly one wrong in some epoch, few in the last, whatever the processor rounds
     top1 = [event["top1"] for event in log if event["kind"] == "validation"]
     assert max(top1) > 90.0
     assert result["top1"] == top1[-1] >= 75.0
