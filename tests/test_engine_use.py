@@ -214,14 +214,15 @@ def test_instruction_sets_round_differently_and_no_more() -> None:
 # Threads and processes
 
 
+@pytest.mark.parametrize("threads", [2, 3])  # windows of hidden maps mostly come out even for two, not for three
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("variant", "spatial"), [("26m", False), ("96m", False), ("96m", True)])
-def test_two_threads_give_the_same(variant: str, spatial: bool, dtype: str) -> None:
-    one, two = (Engine(folded(variant, spatial), dtype, threads=n) for n in (1, 2))
+def test_more_threads_give_the_same(variant: str, spatial: bool, dtype: str, threads: int) -> None:
+    one, more = (Engine(folded(variant, spatial), dtype, threads=n) for n in (1, threads))
     for shape in ((1, 64, 64), (2, 33, 47), (3, 96, 64)):
         x = image(*shape)
-        np.testing.assert_array_equal(two(x), one(x))
-        np.testing.assert_array_equal(two.forward_features(x)[1], one.forward_features(x)[1])
+        np.testing.assert_array_equal(more(x), one(x))
+        np.testing.assert_array_equal(more.forward_features(x)[1], one.forward_features(x)[1])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -64,6 +64,8 @@ MF_TARGET(MF_AVX512_FEATURES)
 MF_END_TARGET
 #undef MF_LEVEL
 
+// whose kernels serve what bfloat16 plays no part in: products of floats write no bfloat16 map for tiles, because in a
+// network that has such maps no pointwise layer is of floats (Builder::maps)
 #define MF_LEVEL_REST avx512
 
 #define MF_LEVEL avx512bf16

@@ -34,7 +34,7 @@ class Engine:
     source    a file that `FoldedNetwork.save` or `mobileformer convert --fold` wrote, or the network itself
     dtype     "float32", or "bfloat16": matrix products of bfloat16 numbers, summed in float32; the rest
               in float32. What goes in and comes out is the same.
-    threads   CPU threads of a call. They belong to this engine and sleep between calls.
+    threads   CPU threads of a call. They belong to this engine and sleep soon after one.
     isa       "baseline", "avx2", "avx512", "avx512bf16" or "amx"; None is what the environment variable
               MF_ENGINE_ISA says, else the best one of this CPU
     ========  ==========================================================================================
