@@ -30,6 +30,8 @@ def onnxruntime_session(path: Path, shape: tuple[int, ...], *, threads: int = 1)
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3  # errors
+    # its threads would otherwise spin on while another contender takes its turn on the same processors
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     for dimension, size in zip(image.type.tensor_type.shape.dim, shape, strict=True):
         if dimension.dim_param:
             options.add_free_dimension_override_by_name(dimension.dim_param, size)
