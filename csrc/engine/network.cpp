@@ -62,18 +62,19 @@ void Network::map_shapes(int height, int width, std::vector<MapShape>& shapes) c
   }
 }
 
-std::unique_ptr<Workspace> Network::borrow(int height, int width, int members) const {
+std::unique_ptr<Workspace> Network::borrow(int height, int width, int members, int images) const {
   {
     std::lock_guard lock(spaces_mutex_);
     for (auto at = spaces_.begin(); at != spaces_.end(); ++at) {
-      if ((*at)->height == height && (*at)->width == width && int((*at)->scratch.size()) >= members) {
+      if ((*at)->height == height && (*at)->width == width && int((*at)->scratch.size()) >= members &&
+          (*at)->images >= images) {
         std::unique_ptr<Workspace> space = std::move(*at);
         spaces_.erase(at);
         return space;
       }
     }
   }
-  return std::make_unique<Workspace>(config, weights_, kernels, height, width, members);
+  return std::make_unique<Workspace>(config, weights_, kernels, height, width, members, images);
 }
 
 void Network::give_back(std::unique_ptr<Workspace> space) const {
@@ -97,28 +98,33 @@ void Network::run(const Images& images, float* logits, const Extras& extras) con
   call->joints.resize(size_t(images.batch) * width);
   map_shapes(images.height, images.width, call->shapes);
 
-  // A batch is dealt out image by image. A team that is at work for another caller is not waited for.
+  // A batch is dealt out, some images that go together to a member. A team that is at work for another caller is not waited for.
   std::unique_lock team(team_mutex_, std::try_to_lock);
   const bool alone = threads == 1 || !team.owns_lock() || !team_.here() || extras.stages || extras.profile;
   const int members = alone ? 1 : threads;
-  const int together = images.batch >= members ? 1 : members;  // members on one image
-  const int at_once = members / together;
-  for (int i = 0; i < at_once; ++i) call->images.push_back(borrow(images.height, images.width, together));
+  const bool shared = images.batch < members;  // the members share each image
+  const int shares = shared ? 1 : members, each = shared ? 1 : (images.batch + shares - 1) / shares;
+  const int turns = (each + TOGETHER - 1) / TOGETHER, count = (each + turns - 1) / turns;
+  for (int i = 0; i < shares; ++i) {
+    call->spaces.push_back(borrow(images.height, images.width, shared ? members : 1, count));
+  }
   const auto body = [&](Worker& worker) {
     std::atomic<unsigned> nobody{0};
     Worker single(0, 1, &nobody, &nobody);
-    Worker& hands = together == 1 ? single : worker;
-    const int first = together == 1 ? worker.rank : 0;
-    Workspace& space = *call->images[first];
-    for (int image = first; image < images.batch; image += at_once) {
-      Pass(*this, weights_, space, hands, extras, call->shapes, image).run(images);
-      if (hands.rank == 0) std::copy_n(space.joint, width, call->joints.data() + size_t(image) * width);
-      hands.sync();  // nobody begins the next image while this one is being read
+    Worker& hands = shared ? worker : single;
+    int first = 0, last = images.batch;
+    if (!shared) worker.share(images.batch, 1, &first, &last);
+    Workspace& space = *call->spaces[shared ? 0 : worker.rank];
+    for (int image = first; image < last; image += count) {
+      const int here = std::min(count, last - image);
+      Pass(*this, weights_, space, hands, extras, call->shapes, image, here).run(images);
+      if (hands.rank == 0) std::copy_n(space.joint, size_t(here) * width, call->joints.data() + size_t(image) * width);
+      hands.sync();  // nobody begins the next images while these are being read
     }
   };
   members > 1 ? team_.run(std::ref(body)) : run_alone(body);
-  for (auto& space : call->images) give_back(std::move(space));
-  call->images.clear();
+  for (auto& space : call->spaces) give_back(std::move(space));
+  call->spaces.clear();
   if (logits) classify(*call, images.batch, logits, extras, members > 1);
   std::lock_guard lock(spaces_mutex_);
   if (calls_.size() < KEPT) calls_.push_back(std::move(call));

@@ -72,12 +72,12 @@ class Network {
  private:
   // What a call needs beside the images' workspaces; kept for the next one
   struct CallSpace {
-    std::vector<std::unique_ptr<Workspace>> images;
+    std::vector<std::unique_ptr<Workspace>> spaces;
     std::vector<float> joints, hidden, logits;
     std::vector<MapShape> shapes;
   };
 
-  std::unique_ptr<Workspace> borrow(int height, int width, int members) const;
+  std::unique_ptr<Workspace> borrow(int height, int width, int members, int images) const;
   void give_back(std::unique_ptr<Workspace>) const;
   void classify(CallSpace&, int batch, float* logits, const Extras&, bool together) const;
 

@@ -1,5 +1,7 @@
-// One image through the network, as one member of the team sees it: each step is this member's share of it, and a
-// sync stands wherever a member needs what another one made.
+// Images through the network, as one member of the team sees it: either several that it has to itself, or one that all
+// members share; each step is then this member's share of it, and a sync stands wherever a member needs what another
+// one made. Several go through tokens together, which is where weights are many and products few, and one by one through
+// the maps.
 #pragma once
 
 #include "engine/network.h"
@@ -9,9 +11,9 @@ namespace mf::engine {
 class Pass {
  public:
   Pass(const Network& network, const Weights& weights, Workspace& space, Worker& worker, const Extras& extras,
-       const std::vector<MapShape>& shapes, int image)
-      : network(network), weights(weights), space(space), worker(worker), extras(extras), shapes(shapes), image(image) {
-  }
+       const std::vector<MapShape>& shapes, int first_image, int count)
+      : network(network), weights(weights), space(space), worker(worker), extras(extras), shapes(shapes),
+        first_image(first_image), count(count) {}
 
   void run(const Images&);
 
@@ -22,14 +24,19 @@ class Pass {
   Worker& worker;
   const Extras& extras;
   const std::vector<MapShape>& shapes;
-  const int image;
+  const int first_image, count;  // of the batch
 
+  void begin(const Images&);
+  void block(size_t i, const Images&);
+  void hand_out(size_t i);
+  const Map& before(size_t i) const;
+  const float* slopes_at(int which, const DepthwiseLayer&) const;
   void stem(const Images&, int first, int last);
   void image_row(const Images&, int row);
-  void lite(const Block&, BlockSpace&, const Map& in, const Images*);
-  void same(const Block&, BlockSpace&, const Map& in);
-  void down(const Block&, BlockSpace&, const Map& in);
-  void head(const Map& in);
+  void lite(size_t i, const Images&);
+  void same(size_t i);
+  void down(size_t i);
+  void head();
 
   // what is to come
   void look_ahead(size_t at);
@@ -39,11 +46,13 @@ class Pass {
   void linear(const Linear&, const float* in, int in_row, int rows, float* out, int out_row, Act = Act::identity,
               const float* residual = nullptr);
   void normalise(const Norm&);
-  void gather(const MobileToFormer&, const Map& in, float* queries);
-  void token_side(const Block&, BlockSpace&, const Map& in);
+  void gather(const MobileToFormer&, size_t block, float* queries);
+  void attend(const Map& in, int span, int spans, const float* queries, int C);
+  void join(int spans, int C);
+  void token_side(size_t i);
   void slopes(const TokenSide&, int which, int reduced_row, const char* stage, const Places& order);
   void mix_tokens(const Map& in, int height, int width);
-  void spread(const Block&, BlockSpace&);
+  void spread(const BlockResult&);
 
   // maps
   Half flat_half(const Pointwise& reader, const DepthwiseLayer& made, int positions) const;
@@ -72,11 +81,20 @@ class Pass {
 
   std::string full(const char* stage) const;
 
-  int block_ = -1;  // at work
-  int images_ = 1;  // of the batch
+  // Calls step() for each of the images at work in turn
+  template <class F>
+  void one_by_one(F step) {
+    for (image_ = first_; image_ < last_; ++image_) step();
+    image_ = first_;
+  }
+
+  int first_ = 0, last_ = 0;  // the images at work, counted from first_image
+  int image_ = 0;             // and the one of them that is alone
+  int block_ = -1;            // at work
+  bool ends_batch_ = true;    // no image comes after these
   Ahead ahead_;
   size_t asked_ = 0, ask_until_ = 0;  // bytes of the weights: asked for, and as far as they are to be
-  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+  std::chrono::steady_clock::time_point marked_ = std::chrono::steady_clock::now();
 };
 
 }  // namespace mf::engine

@@ -1,4 +1,4 @@
-// The convolutions of one image.
+// What runs when, and the convolutions.
 #include <algorithm>
 #include <cstring>
 
@@ -20,53 +20,88 @@ double multiply_adds(const DepthwiseLayer& layer, int positions) {
 }  // namespace
 
 void Pass::run(const Images& images) {
-  images_ = images.batch;
+  ends_batch_ = first_image + count == images.batch;
+  const size_t together = count == 1 ? weights.blocks.size() : space.first_together;
+  for (int i = 0; i < count; ++i) {
+    first_ = image_ = i;
+    last_ = i + 1;
+    begin(images);
+    for (size_t b = 0; b < together; ++b) block(b, images);
+  }
+  first_ = image_ = 0;
+  for (size_t b = together; b < weights.blocks.size(); ++b) block(b, images);
+  block_ = -1;
+  look_ahead(weights.head_at);
+  gather(weights.gather, weights.blocks.size(), space.gather_queries);
+  dump_tokens("tokens");
+  one_by_one([&] {
+    if (extras.tokens && leader()) {
+      const size_t size = size_t(network.config.num_tokens) * network.config.token_dim;
+      std::copy_n(space.tokens + image_ * size, size, extras.tokens + (first_image + image_) * size);
+    }
+    head();
+  });
+}
+
+// Where the first block cannot make it row by row, the first map; and the tokens that every image begins with
+void Pass::begin(const Images& images) {
   const bool alone = worker.size == 1 && weights.blocks[0].config.kind == Kind::lite;
   if (!alone) {  // members need rows of each other
     int first, last;
     worker.share(space.stem.height, 1, &first, &last);
     stem(images, first, last);
   }
-  if (leader()) std::copy_n(weights.tokens, network.config.num_tokens * network.config.token_dim, space.tokens);
+  if (leader()) {
+    const size_t size = size_t(network.config.num_tokens) * network.config.token_dim;
+    std::copy_n(weights.tokens, size, space.tokens + image_ * size);
+  }
   worker.sync();
-  const Map* in = &space.stem;
-  size_t level = 0;
-  for (size_t i = 0; i < weights.blocks.size(); ++i) {
-    const Block& block = weights.blocks[i];
-    BlockSpace& own = space.blocks[i];
-    block_ = int(i);
-    look_ahead(block.weights_at);
+}
+
+// Block `i` of all images at work
+void Pass::block(size_t i, const Images& images) {
+  const Block& block = weights.blocks[i];
+  block_ = int(i);
+  look_ahead(block.weights_at);
+  if (block.config.kind != Kind::lite) {
+    token_side(i);
+    look_ahead(block.maps_at);
+  }
+  one_by_one([&] {
     switch (block.config.kind) {
-      case Kind::lite: lite(block, own, *in, i == 0 && alone ? &images : nullptr); break;
-      case Kind::same: same(block, own, *in); break;
-      case Kind::down: down(block, own, *in); break;
+      case Kind::lite: lite(i, images); break;
+      case Kind::same: same(i); break;
+      case Kind::down: down(i); break;
     }
     if (i == 0) dump("stem", space.stem);
-    dump("", own.out);
-    if (level < shapes.size() && shapes[level].block == int(i)) {
-      if (!extras.maps.empty() && leader()) {
-        const Map& map = own.out;
-        float* to = extras.maps[level] + size_t(image) * map.channels * map.positions();
-        for (int c = 0; c < map.channels; ++c) {
-          for (int y = 0; y < map.height; ++y) {
-            const float* from = map.data + c / BLOCK * map.block + y * map.row + c % BLOCK;
-            for (int x = 0; x < map.width; ++x) *to++ = from[x * BLOCK];
-          }
-        }
+    dump("", space.results[image_][i].out);
+    hand_out(i);
+  });
+}
+
+// The map that the image at work leaves block `i` with, where somebody asked for it
+void Pass::hand_out(size_t i) {
+  if (extras.maps.empty() || !leader()) return;
+  for (size_t level = 0; level < shapes.size(); ++level) {
+    if (shapes[level].block != int(i)) continue;
+    const Map& map = space.results[image_][i].out;
+    float* to = extras.maps[level] + size_t(first_image + image_) * map.channels * map.positions();
+    for (int c = 0; c < map.channels; ++c) {
+      for (int y = 0; y < map.height; ++y) {
+        const float* from = map.data + c / BLOCK * map.block + y * map.row + c % BLOCK;
+        for (int x = 0; x < map.width; ++x) *to++ = from[x * BLOCK];
       }
-      ++level;
     }
-    in = &own.out;
   }
-  block_ = -1;
-  look_ahead(weights.head_at);
-  gather(weights.gather, *in, space.gather_queries);
-  dump_tokens("tokens");
-  if (extras.tokens && leader()) {
-    const size_t count = size_t(network.config.num_tokens) * network.config.token_dim;
-    std::copy_n(space.tokens, count, extras.tokens + image * count);
-  }
-  head(*in);
+}
+
+// What block `i` reads of the image at work
+const Map& Pass::before(size_t i) const { return i == 0 ? space.stem : space.results[image_][i - 1].out; }
+
+// Slopes of a dynamic ReLU of the image at work, or of all its tokens
+const float* Pass::slopes_at(int which, const DepthwiseLayer& layer) const {
+  const int rows = spatial() ? network.config.num_tokens : 1;
+  return space.slopes[which] + ptrdiff_t(image_) * rows * 2 * ptrdiff_t(layer.places.size());
 }
 
 // Row `row` of the image to where the stem reads it; zeros above and below the image
@@ -81,9 +116,9 @@ void Pass::image_row(const Images& images, int row) {
     }
     const float* from = own.image_row;
     if (images.floats) {
-      from = images.floats + ((size_t(image) * channels + c) * images.height + row) * W;
+      from = images.floats + ((size_t(first_image + image_) * channels + c) * images.height + row) * W;
     } else {
-      const uint8_t* bytes = images.bytes + (size_t(image) * images.height + row) * W * channels + c;
+      const uint8_t* bytes = images.bytes + (size_t(first_image + image_) * images.height + row) * W * channels + c;
       const float scale = 1.0f / (255.0f * network.config.std[c]);
       const float shift = network.config.mean[c] / network.config.std[c];
       for (int x = 0; x < W; ++x) own.image_row[x] = float(bytes[x * channels]) * scale - shift;
@@ -194,23 +229,30 @@ void Pass::depthwise_strips(const char* stage, const DepthwiseLayer& layer, cons
   worker.sync();
 }
 
-// With the image given, `in` is the first map, whose rows are made just before they are read.
-void Pass::lite(const Block& block, BlockSpace& own, const Map& in, const Images* images) {
-  depthwise_strips(".expand", block.depthwise, in, nullptr, Act::relu6, block.project, own.project, own.out,
-                   block.has_skip ? &in : nullptr, own.out.half.data != nullptr, images);
-  const int P = own.out.positions();
+// Where nobody else needs them, rows of the first map are made just before they are read.
+void Pass::lite(size_t i, const Images& images) {
+  const Block& block = weights.blocks[i];
+  const Map& in = before(i);
+  Map& out = space.results[image_][i].out;
+  const bool from_image = i == 0 && worker.size == 1;
+  depthwise_strips(".expand", block.depthwise, in, nullptr, Act::relu6, block.project, space.blocks[i].project, out,
+                   block.has_skip ? &in : nullptr, out.half.data != nullptr, from_image ? &images : nullptr);
+  const int P = out.positions();
   mark(".expand, project", multiply_adds(block.depthwise, P) + multiply_adds(block.project, P));
 }
 
-void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
-  token_side(block, own, in);
-  look_ahead(block.maps_at);
+void Pass::same(size_t i) {
+  const Block& block = weights.blocks[i];
+  BlockSpace& own = space.blocks[i];
+  const Map& in = before(i);
+  BlockResult& result = space.results[image_][i];
   if (spatial()) mix_tokens(in, own.height, own.width);
   const Pointwise& expand = block.expand;
   const void* from = expand.half() ? static_cast<const void*>(in.half.data) : in.data;
   const int stride = expand.half() ? network.kernels.half_run : BLOCK;
   const int places = int(block.depthwise.places.size());
-  float* panel = space.scratch[worker.rank].panel[&block - weights.blocks.data()];
+  const float* slopes[] = {slopes_at(0, block.depthwise), slopes_at(1, block.depthwise)};
+  float* panel = space.scratch[worker.rank].panel[i];
   const ptrdiff_t row = ptrdiff_t(own.width + 2) * BLOCK, plane = row * (own.height + 2);
   float* inside = panel + row + BLOCK;
 
@@ -228,7 +270,7 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
     e.out_row = row;
     if (!spatial()) {
       e.act = Act::dynamic_relu;
-      e.slope1 = space.slopes[0] + group_block * BLOCK;
+      e.slope1 = slopes[0] + group_block * BLOCK;
       e.slope2 = e.slope1 + places;
     }
     const int first_block = int(group_block) + window.first_block;
@@ -239,13 +281,13 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
     for (int b = 0; b < window.blocks; ++b) {
       float* x = inside + b * plane;
       if (spatial()) {
-        spatial_relu(x + above * row, row, own.width, above, below, space.slopes[0], places, first_block + b);
+        spatial_relu(x + above * row, row, own.width, above, below, slopes[0], places, first_block + b);
       }
       dump_block(".expand", x, row, own.height, own.width, block.depthwise.places, first_block + b);
     }
     mark(".expand");
     for (int b = 0; b < window.blocks; ++b) {
-      depthwise(block.depthwise, inside + b * plane, row, own.out, first_block + b, space.slopes[1], Act::dynamic_relu,
+      depthwise(block.depthwise, inside + b * plane, row, result.out, first_block + b, slopes[1], Act::dynamic_relu,
                 block.project, first_row, last_row);
     }
     mark(".depthwise");
@@ -254,43 +296,46 @@ void Pass::same(const Block& block, BlockSpace& own, const Map& in) {
   const int windows = int(block.windows.size()), even = windows / worker.size * worker.size;
   int first, last;
   worker.share(even, 1, &first, &last);
-  for (int i = first; i < last; ++i) convolve(block.windows[i], 0, own.height);
+  for (int w = first; w < last; ++w) convolve(block.windows[w], 0, own.height);
   worker.share(own.height, 1, &first, &last);
-  for (int i = even; i < windows && first < last; ++i) convolve(block.windows[i], first, last);
+  for (int w = even; w < windows && first < last; ++w) convolve(block.windows[w], first, last);
   worker.sync();
   dump_flat(".depthwise", block.depthwise, own.height, own.width, block.project);
   // few positions are dealt out by outputs, many by positions
-  const bool by_panels = own.out.positions() < 128 && block.project.groups.size() == 1;
-  int begin = 0, end = own.out.positions();
+  const int P = result.out.positions();
+  const bool by_panels = P < 128 && block.project.groups.size() == 1;
+  int begin = 0, end = P;
   if (!by_panels) worker.share(end, 14, &begin, &end);
-  pointwise(block.project, block.depthwise, own.project, own.out, block.has_skip ? &in : nullptr, false, begin, end,
+  pointwise(block.project, block.depthwise, own.project, result.out, block.has_skip ? &in : nullptr, false, begin, end,
             by_panels);
   worker.sync();
-  const int P = own.out.positions();
   mark(".project", multiply_adds(block.project, P));
   mark(".expand", multiply_adds(block.expand, P));
   mark(".depthwise", multiply_adds(block.depthwise, P));
-  dump(".project", own.out);
-  spread(block, own);
+  dump(".project", result.out);
+  spread(result);
 }
 
-void Pass::down(const Block& block, BlockSpace& own, const Map& in) {
-  token_side(block, own, in);
-  look_ahead(block.maps_at);
+void Pass::down(size_t i) {
+  const Block& block = weights.blocks[i];
+  BlockSpace& own = space.blocks[i];
+  const Map& in = before(i);
+  BlockResult& result = space.results[image_][i];
   if (spatial()) mix_tokens(in, own.height, own.width);
-  depthwise_strips(".down", block.depthwise, in, space.slopes[0], Act::dynamic_relu, block.squeeze, own.squeeze,
-                   own.middle, nullptr, false);
+  depthwise_strips(".down", block.depthwise, in, slopes_at(0, block.depthwise), Act::dynamic_relu, block.squeeze,
+                   own.squeeze, own.middle, nullptr, false);
   dump(".squeeze", own.middle);
-  const int P = own.out.positions();
+  const int P = result.out.positions();
   mark(".down, squeeze", multiply_adds(block.depthwise, P) + multiply_adds(block.squeeze, P));
-  depthwise_strips(".expand", block.second, own.middle, space.slopes[1], Act::dynamic_relu, block.project, own.project,
-                   own.out, &own.middle, false);
+  depthwise_strips(".expand", block.second, own.middle, slopes_at(1, block.second), Act::dynamic_relu, block.project,
+                   own.project, result.out, &own.middle, false);
   mark(".expand, project", multiply_adds(block.second, P) + multiply_adds(block.project, P));
-  dump(".project", own.out);
-  spread(block, own);
+  dump(".project", result.out);
+  spread(result);
 }
 
-void Pass::head(const Map& in) {
+void Pass::head() {
+  const Map& in = before(weights.blocks.size());
   Map& out = space.head;
   const Pointwise& layer = weights.head;
   const void* from = layer.half() ? static_cast<const void*>(in.half.data) : in.data;
@@ -312,14 +357,18 @@ void Pass::head(const Map& in) {
     network.kernels.pointwise(products, e, from, stride, 0, out.positions(), first, last);
   }
   worker.sync();
+  const int M = network.config.num_tokens, D = network.config.token_dim;
+  float* joint = space.joint + ptrdiff_t(image_) * (out.channels + D);
   int first, last;
   worker.share(out.blocks, 1, &first, &last);
   for (int b = first; b < last; ++b) {
-    network.kernels.mean(out.data + b * out.block, out.positions(), space.joint + ptrdiff_t(b) * BLOCK);
+    network.kernels.mean(out.data + b * out.block, out.positions(), joint + ptrdiff_t(b) * BLOCK);
   }
-  if (leader()) std::copy_n(space.tokens, network.config.token_dim, space.joint + out.channels);
+  if (leader()) std::copy_n(space.tokens + ptrdiff_t(image_) * M * D, D, joint + out.channels);
   worker.sync();
-  if (extras.stages) std::copy_n(space.joint, out.channels, extras.stages->place("pooled", {out.channels}, image));
+  if (extras.stages) {
+    std::copy_n(joint, out.channels, extras.stages->place("pooled", {out.channels}, first_image + image_));
+  }
   mark("head.expand", double(layer.inputs) * layer.outputs * out.positions());
 }
 

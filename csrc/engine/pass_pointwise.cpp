@@ -1,4 +1,4 @@
-// Pointwise layers of one image, and asking for the weights that come after them.
+// Pointwise layers of an image, and asking for the weights that come after them.
 #include <algorithm>
 
 #include "engine/pass.h"
@@ -11,12 +11,12 @@ constexpr size_t AHEAD = size_t(4) << 20;
 
 }  // namespace
 
-// Weights are read once an image: by the time they are needed again, the cache holds other ones, and linear layers of a
-// few tokens wait for the memory. So what is read within the next megabytes is asked for while convolutions leave the
+// Weights are read once for the images at work: by the time they are needed again, the cache holds other ones, and
+// linear layers of a few tokens wait for the memory. So what is read within the next megabytes is asked for while convolutions leave the
 // memory idle. `at`: bytes of the weights before those that come next.
 void Pass::look_ahead(size_t at) {
-  // the last layers serve all images at once
-  const size_t end = image + 1 < images_ ? weights.fc_at : weights.arena.taken();
+  // the last layers serve the whole batch at once
+  const size_t end = ends_batch_ ? weights.arena.taken() : weights.fc_at;
   // nor is anything asked for that has been read meanwhile
   if (const size_t left = ahead_.end - ahead_.at; asked_ - left < at) {
     ahead_ = {};

@@ -1,4 +1,4 @@
-// The tokens of one image, both bridges, and looking inside.
+// Tokens, both bridges, and looking inside.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -41,10 +41,16 @@ Walk walk_of(const Map& map, int part, int parts, int* begin) {
 
 }  // namespace
 
+// `rows` of each image at work; in and out belong to the first of all
 void Pass::linear(const Linear& layer, const float* in, int in_row, int rows, float* out, int out_row, Act act,
                   const float* residual) {
   Products products = layer.products;
   products.offsets = space.in_order.data();
+  products.rows = rows;
+  const ptrdiff_t skipped = ptrdiff_t(first_) * rows;
+  in += skipped * in_row;
+  out += skipped * out_row;
+  if (residual) residual += skipped * out_row;
   Epilogue e;
   e.bias = layer.bias;
   e.act = act;
@@ -56,90 +62,104 @@ void Pass::linear(const Linear& layer, const float* in, int in_row, int rows, fl
   e.residual_row = out_row;
   int first, last;
   worker.share(panel_count(products.vectors), 1, &first, &last);
-  network.kernels.pointwise(products, e, in, in_row, 0, rows, first, last);
+  network.kernels.pointwise(products, e, in, in_row, 0, (last_ - first_) * rows, first, last);
   worker.sync();
 }
 
 void Pass::normalise(const Norm& norm) {
-  const int D = network.config.token_dim;
+  const int M = network.config.num_tokens, D = network.config.token_dim;
   int first, last;
-  worker.share(network.config.num_tokens, 1, &first, &last);
-  network.kernels.layer_norm(space.tokens + first * D, norm.weight, norm.bias, D, last - first);
+  worker.share((last_ - first_) * M, 1, &first, &last);
+  network.kernels.layer_norm(space.tokens + ptrdiff_t(first_ * M + first) * D, norm.weight, norm.bias, D, last - first);
   worker.sync();
 }
 
 // tokens <- norm(tokens + project(gate * attention of the tokens over the map's positions))
-void Pass::gather(const MobileToFormer& part, const Map& in, float* queries) {
+void Pass::gather(const MobileToFormer& part, size_t block, float* queries) {
   const int M = network.config.num_tokens, D = network.config.token_dim, C = part.channels;
   const int blocks = blocks_of(C), half_row = blocks * BLOCK, row = 2 * half_row;
   linear(part.query_and_gate, space.tokens, D, M, space.query_gate, row);
-  if (leader()) by_channel(space.query_gate, row, C, M, queries);
-  worker.sync();
-  mark(".mobile_to_former, tokens");
+  one_by_one([&] {
+    if (leader()) by_channel(space.query_gate + ptrdiff_t(image_) * M * row, row, C, M, queries);
+    worker.sync();
+    mark(".mobile_to_former, tokens");
+    const Map& in = before(block);
+    const int spans = spans_of(in.positions());
+    int first, last;
+    worker.share(spans, 1, &first, &last);
+    for (int i = first; i < last; ++i) attend(in, i, spans, queries, C);
+    worker.sync();
+    mark(".mobile_to_former", 2.0 * C * M * in.positions());
+    if (leader()) join(spans, C);
+    worker.sync();
+  });
+  linear(part.project, space.gathered, half_row, M, space.tokens, D, Act::identity, space.tokens);
+  normalise(part.norm);
+  mark(".mobile_to_former, tokens", double(last_ - first_) * M * D * (part.query_and_gate.outputs + C));
+}
 
-  const int spans = spans_of(in.positions());
-  int first, last;
-  worker.share(spans, 1, &first, &last);
-  for (int i = first; i < last; ++i) {
-    const Span& span = space.spans[i];
-    std::fill_n(span.most, BLOCK, -INFINITY);
-    std::fill_n(span.most + BLOCK, BLOCK, 0.0f);
-    std::fill_n(span.sums, size_t(blocks) * M * BLOCK, 0.0f);
-    int begin;
-    const Walk walk = walk_of(in, i, spans, &begin);
-    float* scores = space.scores ? space.scores + ptrdiff_t(begin) * BLOCK : nullptr;
-    network.kernels.mobile_to_former(walk, queries, C, M, span.most, span.most + BLOCK, span.sums, scores);
+// The tokens' attention over span `i` of a map
+void Pass::attend(const Map& in, int i, int spans, const float* queries, int C) {
+  const int M = network.config.num_tokens;
+  const Span& span = space.spans[i];
+  std::fill_n(span.most, BLOCK, -INFINITY);
+  std::fill_n(span.most + BLOCK, BLOCK, 0.0f);
+  std::fill_n(span.sums, size_t(blocks_of(C)) * M * BLOCK, 0.0f);
+  int begin;
+  const Walk walk = walk_of(in, i, spans, &begin);
+  float* scores = space.scores ? space.scores + ptrdiff_t(begin) * BLOCK : nullptr;
+  network.kernels.mobile_to_former(walk, queries, C, M, span.most, span.most + BLOCK, span.sums, scores);
+}
+
+// What the spans found, as one attention, through the gate
+void Pass::join(int spans, int C) {
+  const int M = network.config.num_tokens, half_row = blocks_of(C) * BLOCK;
+  float* gathered = space.gathered + ptrdiff_t(image_) * M * half_row;
+  float most[BLOCK], total[BLOCK] = {};
+  std::copy_n(space.spans[0].most, BLOCK, most);
+  for (int i = 1; i < spans; ++i) {
+    for (int lane = 0; lane < BLOCK; ++lane) most[lane] = std::max(most[lane], space.spans[i].most[lane]);
   }
-  worker.sync();
-  mark(".mobile_to_former", 2.0 * C * M * in.positions());
-
-  if (leader()) {
-    float most[BLOCK], total[BLOCK] = {};
-    std::copy_n(space.spans[0].most, BLOCK, most);
-    for (int i = 1; i < spans; ++i) {
-      for (int lane = 0; lane < BLOCK; ++lane) most[lane] = std::max(most[lane], space.spans[i].most[lane]);
-    }
-    std::fill_n(space.gathered, size_t(M) * half_row, 0.0f);
-    for (int i = 0; i < spans; ++i) {
-      const Span& span = space.spans[i];
-      for (int h = 0; h < BRIDGE_HEADS; ++h) {
-        for (int m = 0; m < M; ++m) {
-          const int lane = h * MAX_TOKENS + m;
-          const float share = spans == 1 ? 1.0f : std::exp2(span.most[lane] - most[lane]);
-          total[lane] += span.most[BLOCK + lane] * share;
-          const int from = h == 0 ? 0 : C / BRIDGE_HEADS, until = h == 0 ? C / BRIDGE_HEADS : C;
-          for (int c = from; c < until; ++c) {
-            const size_t at = (size_t(c / BLOCK) * M + m) * BLOCK + c % BLOCK;
-            space.gathered[m * half_row + c] += span.sums[at] * share;
-          }
+  std::fill_n(gathered, size_t(M) * half_row, 0.0f);
+  for (int i = 0; i < spans; ++i) {
+    const Span& span = space.spans[i];
+    for (int h = 0; h < BRIDGE_HEADS; ++h) {
+      for (int m = 0; m < M; ++m) {
+        const int lane = h * MAX_TOKENS + m;
+        const float share = spans == 1 ? 1.0f : std::exp2(span.most[lane] - most[lane]);
+        total[lane] += span.most[BLOCK + lane] * share;
+        const int from = h == 0 ? 0 : C / BRIDGE_HEADS, until = h == 0 ? C / BRIDGE_HEADS : C;
+        for (int c = from; c < until; ++c) {
+          const size_t at = (size_t(c / BLOCK) * M + m) * BLOCK + c % BLOCK;
+          gathered[m * half_row + c] += span.sums[at] * share;
         }
       }
     }
-    for (int m = 0; m < M; ++m) {
-      const float* gate = space.query_gate + m * row + half_row;
-      for (int c = 0; c < C; ++c) {
-        const int lane = (c < C / BRIDGE_HEADS ? 0 : MAX_TOKENS) + m;
-        const float opened = std::min(std::max(gate[c] + 3.0f, 0.0f), 6.0f) / 3.0f;  // 2 hsig
-        space.gathered[m * half_row + c] *= opened / total[lane];
-      }
+  }
+  for (int m = 0; m < M; ++m) {
+    const float* gate = space.query_gate + (ptrdiff_t(image_) * M + m) * 2 * half_row + half_row;
+    for (int c = 0; c < C; ++c) {
+      const int lane = (c < C / BRIDGE_HEADS ? 0 : MAX_TOKENS) + m;
+      const float opened = std::min(std::max(gate[c] + 3.0f, 0.0f), 6.0f) / 3.0f;  // 2 hsig
+      gathered[m * half_row + c] *= opened / total[lane];
     }
   }
-  worker.sync();
-  linear(part.project, space.gathered, half_row, M, space.tokens, D, Act::identity, space.tokens);
-  normalise(part.norm);
-  mark(".mobile_to_former, tokens", double(M) * D * (part.query_and_gate.outputs + C));
 }
 
-void Pass::token_side(const Block& block, BlockSpace& own, const Map& in) {
+void Pass::token_side(size_t i) {
+  const Block& block = weights.blocks[i];
   const TokenSide& side = block.tokens;
   const int M = network.config.num_tokens, D = network.config.token_dim;
-  gather(side.gather, in, own.queries);
+  gather(side.gather, i, space.blocks[i].queries);
   dump_tokens(".mobile_to_former");
 
   linear(side.query, space.tokens, D, M, space.row, D);
-  int first, last;
-  worker.share(M, 1, &first, &last);
-  network.kernels.former_attention(space.row + first * D, space.tokens, space.wide + first * D, D, M, last - first);
+  one_by_one([&] {
+    int first, last;
+    worker.share(M, 1, &first, &last);
+    const ptrdiff_t at = ptrdiff_t(image_) * M * D, rows = at + first * D;
+    network.kernels.former_attention(space.row + rows, space.tokens + at, space.wide + rows, D, M, last - first);
+  });
   worker.sync();
   linear(side.project, space.wide, D, M, space.tokens, D, Act::identity, space.tokens);
   normalise(side.norm);
@@ -147,26 +167,31 @@ void Pass::token_side(const Block& block, BlockSpace& own, const Map& in) {
   linear(side.ffn_project, space.wide, 2 * D, M, space.tokens, D, Act::identity, space.tokens);
   normalise(side.ffn_norm);
   dump_tokens(".tokens");
-  mark(".former", 6.0 * M * D * D + 2.0 * M * M * D);
+  const int images = last_ - first_;
+  mark(".former", images * (6.0 * M * D * D + 2.0 * M * M * D));
 
   const int N = block.config.out_channels, half_row = blocks_of(N) * BLOCK;
   linear(side.key_and_value, space.tokens, D, M, space.key_value, 2 * half_row);
-  if (leader()) {
-    by_channel(space.key_value, 2 * half_row, N, M, own.keys);
+  one_by_one([&] {
+    if (!leader()) return;
+    const BlockResult& result = space.results[image_][i];
+    const float* key_value = space.key_value + ptrdiff_t(image_) * M * 2 * half_row;
+    by_channel(key_value, 2 * half_row, N, M, result.keys);
     for (int m = 0; m < M; ++m) {
-      const float* value = space.key_value + m * 2 * half_row + half_row;
-      for (int c = 0; c < N; ++c) own.values[(size_t(c / BLOCK) * M + m) * BLOCK + c % BLOCK] = value[c];
+      const float* value = key_value + m * 2 * half_row + half_row;
+      for (int c = 0; c < N; ++c) result.values[(size_t(c / BLOCK) * M + m) * BLOCK + c % BLOCK] = value[c];
     }
-  }
+  });
   const int rows = spatial() ? M : 1;  // slopes come from the first token, or from all of them
   const int reduced_row = 2 * blocks_of(side.reduced) * BLOCK;
-  linear(side.reduce, space.tokens, D, rows, space.reduced, reduced_row, Act::relu);
+  linear(side.reduce, space.tokens, spatial() ? D : M * D, rows, space.reduced, reduced_row, Act::relu);
   const bool down = block.config.kind == Kind::down;
   slopes(side, 0, reduced_row, down ? ".down_relu" : ".expand_relu", block.depthwise.places);
   slopes(side, 1, reduced_row, down ? ".expand_relu" : ".depthwise_relu",
          down ? block.second.places : block.depthwise.places);
-  mark(".slopes, key, value", double(M) * D * 2 * N + double(rows) * side.reduced *
-                                                          (2.0 * D + side.expand[0].outputs + side.expand[1].outputs));
+  mark(".slopes, key, value",
+       images * (double(M) * D * 2 * N +
+                 double(rows) * side.reduced * (2.0 * D + side.expand[0].outputs + side.expand[1].outputs)));
 }
 
 // a1 = 2 theta1 and a2 = 2 theta2 - 1, in the order of the map they act on
@@ -175,9 +200,10 @@ void Pass::slopes(const TokenSide& side, int which, int reduced_row, const char*
   const int rows = spatial() ? network.config.num_tokens : 1, places = layer.outputs / 2;
   float* to = space.slopes[which];
   linear(layer, space.reduced + which * reduced_row / 2, reduced_row, rows, to, 2 * places, Act::hard_sigmoid);
-  dump_slopes(stage, to, rows, order);
+  one_by_one([&] { dump_slopes(stage, to + ptrdiff_t(image_) * rows * 2 * places, rows, order); });
+  to += ptrdiff_t(first_) * rows * 2 * places;
   int first, last;
-  worker.share(rows * 2 * places, BLOCK, &first, &last);
+  worker.share((last_ - first_) * rows * 2 * places, BLOCK, &first, &last);
   for (int i = first; i < last; ++i) to[i] = 2.0f * to[i] - (i % (2 * places) < places ? 0.0f : 1.0f);
   worker.sync();
 }
@@ -213,15 +239,15 @@ void Pass::mix_tokens(const Map& in, int height, int width) {
 }
 
 // map <- map + attention of its positions over the tokens
-void Pass::spread(const Block& block, BlockSpace& own) {
-  const int N = block.config.out_channels, M = network.config.num_tokens;
+void Pass::spread(const BlockResult& result) {
+  const int N = result.out.channels, M = network.config.num_tokens;
   int begin;
-  const Walk walk = walk_of(own.out, worker.rank, worker.size, &begin);
-  Half half = own.out.half;
+  const Walk walk = walk_of(result.out, worker.rank, worker.size, &begin);
+  Half half = result.out.half;
   if (half.data) half.data += ptrdiff_t(begin) * network.kernels.half_run;
-  network.kernels.former_to_mobile(walk, own.keys, own.values, N, M, const_cast<float*>(walk.x), half);
+  network.kernels.former_to_mobile(walk, result.keys, result.values, N, M, const_cast<float*>(walk.x), half);
   worker.sync();
-  mark(".former_to_mobile", 2.0 * N * M * own.out.positions());
+  mark(".former_to_mobile", 2.0 * N * M * result.out.positions());
 }
 
 // A stage of the block at work begins with a dot, or is empty for the block itself
@@ -243,7 +269,7 @@ void Pass::dump_block(const char* stage, const float* data, ptrdiff_t row, int h
                       int block) {
   if (!extras.stages) return;
   const long channels = std::count_if(places.begin(), places.end(), [](int place) { return place >= 0; });
-  float* to = extras.stages->place(full(stage), {channels, height, width}, image);
+  float* to = extras.stages->place(full(stage), {channels, height, width}, first_image + image_);
   for (int lane = 0; lane < BLOCK; ++lane) {
     const int channel = places[block * BLOCK + lane];
     if (channel < 0) continue;
@@ -286,7 +312,7 @@ void Pass::dump_slopes(const char* stage, const float* theta, int rows, const Pl
   const long K = std::count_if(order.begin(), order.end(), [](int place) { return place >= 0; });
   std::vector<long> shape{2 * K};
   if (spatial()) shape.insert(shape.begin(), rows);
-  float* to = extras.stages->place(full(stage), shape, image);
+  float* to = extras.stages->place(full(stage), shape, first_image + image_);
   for (int line = 0; line < 2 * rows; ++line) {
     for (size_t i = 0; i < order.size(); ++i) {
       if (order[i] >= 0) to[line * K + order[i]] = theta[line * order.size() + i];
@@ -297,7 +323,10 @@ void Pass::dump_slopes(const char* stage, const float* theta, int rows, const Pl
 void Pass::dump_tokens(const char* stage) {
   if (!extras.stages) return;
   const int M = network.config.num_tokens, D = network.config.token_dim;
-  std::copy_n(space.tokens, size_t(M) * D, extras.stages->place(full(stage), {M, D}, image));
+  one_by_one([&] {
+    std::copy_n(space.tokens + ptrdiff_t(image_) * M * D, size_t(M) * D,
+                extras.stages->place(full(stage), {M, D}, first_image + image_));
+  });
 }
 
 // Time since the last mark goes to this stage
@@ -305,9 +334,9 @@ void Pass::mark(const char* stage, double multiply_adds) {
   if (!extras.profile || !leader()) return;
   const auto now = std::chrono::steady_clock::now();
   Profile::Row& row = (*extras.profile)[full(stage)];
-  row.seconds += std::chrono::duration<double>(now - last_).count();
+  row.seconds += std::chrono::duration<double>(now - marked_).count();
   row.multiply_adds += multiply_adds;
-  last_ = std::chrono::steady_clock::now();
+  marked_ = std::chrono::steady_clock::now();
 }
 
 }  // namespace mf::engine

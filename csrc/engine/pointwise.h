@@ -262,10 +262,12 @@ inline void panel(const Products& p, const Epilogue& e, const char* a, ptrdiff_t
     }
   }
 #endif
-  for (int position = begin; position < end; position += rows) {
-    tile_of<FORMAT, VECTORS>(end - position, p, e, a + position * stride * element, stride, weight, vector, position, y,
-                             x);
-    for (x += rows; x >= e.width; x -= e.width) ++y;
+  // How a tile of few rows is summed depends on their number, so an image's own must not depend on its neighbours.
+  for (int position = begin, count; position < end; position += count) {
+    const int left = p.rows > 0 ? p.rows - (position - begin) % p.rows : end - position;
+    count = left < rows ? left : rows;
+    tile_of<FORMAT, VECTORS>(count, p, e, a + position * stride * element, stride, weight, vector, position, y, x);
+    for (x += count; x >= e.width; x -= e.width) ++y;
   }
 }
 

@@ -30,20 +30,36 @@ Offsets offsets_of(const Pointwise& layer, ptrdiff_t block, const Kernels& kerne
   return offsets;
 }
 
+int halved(int side) { return (side + 1) / 2; }
+
+// The first block whose weights are more than what it reads of an image; spatial slopes need the scores of their image
+size_t first_together_of(const Config& config, const Weights& weights, int height, int width) {
+  int h = halved(height), w = halved(width), C = config.stem_channels;
+  for (size_t i = 0; i < weights.blocks.size() && !config.spatial_dynamic_relu; ++i) {
+    const Block& b = weights.blocks[i];
+    const size_t end = i + 1 < weights.blocks.size() ? weights.blocks[i + 1].weights_at : weights.head_at;
+    if (size_t(h) * w * C * sizeof(float) < end - b.weights_at && b.config.kind != Kind::lite) return i;
+    if (b.config.stride == 2) h = halved(h), w = halved(w);
+    C = b.config.out_channels;
+  }
+  return weights.blocks.size();
+}
+
 }  // namespace
 
 Workspace::Workspace(const Config& config, const Weights& weights, const Kernels& kernels, int height, int width,
-                     int threads)
-    : height(height), width(width) {
+                     int threads, int images)
+    : height(height), width(width), images(images),
+      first_together(first_together_of(config, weights, height, width)),
+      results(images) {
   const int M = config.num_tokens, D = config.token_dim;
-  const auto halved = [](int side) { return (side + 1) / 2; };
   int h = halved(height), w = halved(width), C = config.stem_channels;
   stem = make_map(arena, C, h, w, true);
   scratch.resize(threads);
 
   size_t flat_bytes = 0, slope_floats = 0;
   int grouped_blocks = 0;
-  int widest = C, most_blocks = blocks_of(C);
+  int most_blocks = blocks_of(C);
   Map in = stem;
   for (size_t i = 0; i < weights.blocks.size(); ++i) {
     const Block& b = weights.blocks[i];
@@ -57,10 +73,22 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
     // a depthwise convolution reads a border, a pointwise one of bfloat16 what is rounded to it
     const bool border = next && next->config.kind != Kind::same;
     const int pieces = !next ? weights.head.pieces() : next->config.kind == Kind::same ? next->expand.pieces() : 0;
-    space.out = make_map(arena, N, h, w, border);
-    if (pieces > 0) {
-      Half& half = space.out.half = half_of(nullptr, pieces, blocks_of(N), int(positions), kernels);
-      half.data = arena.take<uint16_t>(half_size(half));
+    for (int image = 0; image < images; ++image) {
+      BlockResult result;
+      if (image > 0 && i + 1 < first_together) {
+        result = results[0].back();
+      } else {
+        result.out = make_map(arena, N, h, w, border);
+        if (pieces > 0) {
+          Half& half = result.out.half = half_of(nullptr, pieces, blocks_of(N), int(positions), kernels);
+          half.data = arena.take<uint16_t>(half_size(half));
+        }
+        if (b.config.kind != Kind::lite) {
+          result.keys = arena.take(size_t(N) * MAX_TOKENS);
+          result.values = arena.take(size_t(blocks_of(N)) * M * BLOCK);
+        }
+      }
+      results[image].push_back(result);
     }
     // a depthwise output and the layer that reads it
     const auto flat_map = [&](const DepthwiseLayer& made, const Pointwise& read) {
@@ -86,8 +114,6 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
     }
     if (b.config.kind != Kind::lite) {
       space.queries = arena.take(size_t(C) * MAX_TOKENS);
-      space.keys = arena.take(size_t(N) * MAX_TOKENS);
-      space.values = arena.take(size_t(blocks_of(N)) * M * BLOCK);
       slope_floats = std::max({slope_floats, 2 * b.depthwise.places.size(), 2 * b.second.places.size()});
     }
     for (Scratch& own : scratch) {
@@ -95,9 +121,8 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
       own.panel.push_back(panels ? arena.take(size_t(3) * (h + 2) * (w + 2) * BLOCK) : nullptr);
     }
     blocks.push_back(space);
-    in = blocks.back().out;
+    in = results[0].back().out;
     C = N;
-    widest = std::max(widest, C);
     most_blocks = std::max(most_blocks, blocks_of(C));
   }
   flat = arena.take(flat_bytes / sizeof(float));
@@ -108,16 +133,16 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
   in_order.resize(std::max({6 * C + D, config.hidden_features, 2 * D}));
   std::iota(in_order.begin(), in_order.end(), 0);
 
-  const size_t rows = config.spatial_dynamic_relu ? M : 1;
-  tokens = arena.take(size_t(M) * D);
-  query_gate = arena.take(size_t(M) * 2 * most_blocks * BLOCK);
-  key_value = arena.take(size_t(M) * 2 * most_blocks * BLOCK);
-  gathered = arena.take(size_t(M) * std::max(widest, D));
-  row = arena.take(size_t(M) * D);
-  wide = arena.take(size_t(M) * 2 * D);
-  reduced = arena.take(size_t(M) * blocks_of(D / 4) * 2 * BLOCK);
-  for (float*& each : slopes) each = arena.take(rows * slope_floats);
-  joint = arena.take(6 * C + D);
+  const size_t rows = size_t(images) * M;
+  tokens = arena.take(rows * D);
+  query_gate = arena.take(rows * 2 * most_blocks * BLOCK);
+  key_value = arena.take(rows * 2 * most_blocks * BLOCK);
+  gathered = arena.take(rows * most_blocks * BLOCK);
+  row = arena.take(rows * D);
+  wide = arena.take(rows * 2 * D);
+  reduced = arena.take(rows * blocks_of(D / 4) * 2 * BLOCK);
+  for (float*& each : slopes) each = arena.take((config.spatial_dynamic_relu ? rows : images) * slope_floats);
+  joint = arena.take(size_t(images) * (6 * C + D));
   if (config.spatial_dynamic_relu) {
     const size_t positions = size_t(stem.height) * stem.width;
     scores = arena.take(positions * BLOCK);

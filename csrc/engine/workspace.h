@@ -1,4 +1,4 @@
-// Everything that an image of one size needs beside the weights: planned and allocated once per size.
+// Everything that a few images of one size need beside the weights: planned and allocated once per size.
 #pragma once
 
 #include <algorithm>
@@ -28,15 +28,23 @@ inline Half half_of(uint16_t* data, int pieces, int blocks, int positions, const
 }
 inline size_t half_size(const Half& half) { return size_t(half.pieces) * half.piece; }
 
+// What a block needs for the image at work
 struct BlockSpace {
-  Map out;
   Map middle;                // down: the squeezed map, with border
   float* queries = nullptr;  // [C][8]
-  float* keys = nullptr;     // [C'][8]
-  float* values = nullptr;   // [blocks of C'][M][16]
   Offsets expand, squeeze, project;
   int height = 0, width = 0;  // of the output
 };
+
+// What a block leaves of an image
+struct BlockResult {
+  Map out;
+  float* keys = nullptr;    // [C'][8]
+  float* values = nullptr;  // [blocks of C'][M][16]
+};
+
+// Images that pass a block's tokens together, so that its weights are read once for all of them.
+constexpr int TOGETHER = 8;
 
 constexpr int GROUPED_CHUNK = 112;  // positions that a grouped layer makes before they are put in order
 
@@ -62,20 +70,24 @@ constexpr int MAX_SPANS = 8;
 inline int spans_of(int positions) { return std::clamp(positions / SPAN_POSITIONS, 1, MAX_SPANS); }
 
 struct Workspace {
-  Workspace(const Config&, const Weights&, const Kernels&, int height, int width, int threads);
+  Workspace(const Config&, const Weights&, const Kernels&, int height, int width, int threads, int images);
 
-  int height, width;
+  int height, width, images;
+  // The first block that takes images together; those before take one after the other. While an image's map is larger
+  // than what a block reads of weights, it is the map that had better stay in the cache.
+  size_t first_together;
   Arena arena;
   Map stem;
   std::vector<BlockSpace> blocks;
+  std::vector<std::vector<BlockResult>> results;  // [images][blocks]; the same for all where they are not together
   float* flat;  // any depthwise output: float or bfloat16
   Map head;
   std::vector<Scratch> scratch;
   Span spans[MAX_SPANS];
 
-  // tokens: rows of D, and of what the linear layers make of them
+  // [images][M] tokens: rows of D, and of what the linear layers make of them
   float *tokens, *query_gate, *gathered, *row, *wide, *slopes[2], *reduced, *key_value;
-  float* joint;           // [6C + D]
+  float* joint;           // [images][6C + D]
   float* gather_queries;  // of the last bridge, [C][8]
   Offsets head_offsets;
   std::vector<int32_t> in_order;
