@@ -32,13 +32,15 @@ Offsets offsets_of(const Pointwise& layer, ptrdiff_t block, const Kernels& kerne
 
 int halved(int side) { return (side + 1) / 2; }
 
-// The first block whose weights are more than what it reads of an image; spatial slopes need the scores of their image
+// The first block that reads more of weights than of the maps of all images; spatial slopes need the scores of their
+// image
 size_t first_together_of(const Config& config, const Weights& weights, int height, int width) {
   int h = halved(height), w = halved(width), C = config.stem_channels;
   for (size_t i = 0; i < weights.blocks.size() && !config.spatial_dynamic_relu; ++i) {
     const Block& b = weights.blocks[i];
     const size_t end = i + 1 < weights.blocks.size() ? weights.blocks[i + 1].weights_at : weights.head_at;
-    if (size_t(h) * w * C * sizeof(float) < end - b.weights_at && b.config.kind != Kind::lite) return i;
+    const size_t maps = size_t(TOGETHER) * h * w * C * sizeof(float);
+    if (2 * maps < end - b.weights_at && b.config.kind != Kind::lite) return i;
     if (b.config.stride == 2) h = halved(h), w = halved(w);
     C = b.config.out_channels;
   }

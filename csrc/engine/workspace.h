@@ -73,8 +73,8 @@ struct Workspace {
   Workspace(const Config&, const Weights&, const Kernels&, int height, int width, int threads, int images);
 
   int height, width, images;
-  // The first block that takes images together; those before take one after the other. While an image's map is larger
-  // than what a block reads of weights, it is the map that had better stay in the cache.
+  // The first block that takes images together; those before take one after the other, since while maps are larger than
+  // weights it is the maps that had better stay in the cache.
   size_t first_together;
   Arena arena;
   Map stem;
