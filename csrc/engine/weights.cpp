@@ -10,16 +10,6 @@ namespace {
 
 constexpr float LOG2_E = 1.4426950408889634f;  // the kernels' exponential is one of base 2
 
-// The stride from which bfloat16 serves each pointwise layer of a block, where vectors multiply it. What is rounded
-// early is carried through every attention behind it, and most of all where nothing goes around the rounding: the layer
-// that squeezes a halved map has no skip. On 294m with weights at random the logits are then 1.7 % off, against 1.4 %
-// with 16 for all, 1.9 % with the expansions from 4 as well and 2.2 % with all but the squeezing layers from 4. Tokens
-// stay float32: bridges and slopes suffer most.
-enum class Part { squeeze, expand, project };
-constexpr int bf16_from_stride(Part part, Kind kind) {
-  return part == Part::squeeze ? 16 : part == Part::project && kind == Kind::same ? 4 : 8;
-}
-
 // Reads and packs the layers of a network in the order of execution.
 class Builder {
  public:
@@ -220,8 +210,7 @@ class Builder {
     b.has_skip = config.kind != Kind::down && config.stride == 1 && C == N;
     if (config.kind == Kind::lite) {
       b.depthwise = filters(name + ".expand", C, config.expansion, config.stride);
-      b.project = pointwise(name + ".project", N, C * config.expansion, b.depthwise.places, false,
-                            maps(Part::project, config.kind));
+      b.project = pointwise(name + ".project", N, C * config.expansion, b.depthwise.places, false, maps());
     } else if (config.kind == Kind::same) {
       const int K = C * config.expansion;
       const Places hidden = in_groups(K, config_.groups);
@@ -230,10 +219,10 @@ class Builder {
       for (int i = 0; i < int(in_block.size()); ++i) in_block[i] = i;
       b.tokens = token_side(name, C, N, {".expand_relu", ".depthwise_relu"}, {hidden, hidden});
       b.maps_at = pack_.taken();
-      b.expand = pointwise(name + ".expand", K, C, in_order(C), true, maps(Part::expand, config.kind), false);
+      b.expand = pointwise(name + ".expand", K, C, in_order(C), true, maps(), false);
       b.windows = windows(b.expand);
       b.depthwise = depthwise(name + ".depthwise", hidden, stored, in_block, 1);
-      b.project = pointwise(name + ".project", N, K, hidden, true, maps(Part::project, config.kind));
+      b.project = pointwise(name + ".project", N, K, hidden, true, maps());
     } else {
       const bool shuffled = config_.groups > 1;
       const Places first = in_filters(C, config.expansion, shuffled);
@@ -241,22 +230,21 @@ class Builder {
       b.tokens = token_side(name, C, N, {".down_relu", ".expand_relu"}, {first, second});
       b.maps_at = pack_.taken();
       b.depthwise = filters(name + ".down", C, config.expansion, config.stride);
-      b.squeeze = pointwise(name + ".squeeze", N, C * config.expansion, first, false, maps(Part::squeeze, config.kind));
+      b.squeeze = pointwise(name + ".squeeze", N, C * config.expansion, first, false, maps());
       b.second = filters(name + ".expand", N, config.second_expansion, 1);
-      b.project =
-          pointwise(name + ".project", N, N * config.second_expansion, second, false, maps(Part::project, config.kind));
+      b.project = pointwise(name + ".project", N, N * config.second_expansion, second, false, maps());
     }
     return b;
   }
 
-  // Pieces of bfloat16 that a pointwise layer of the block at work multiplies; 0 for floats. Tiles have the products of
-  // two pieces, 16 bits of a float, in less time than vectors have those of floats: one is left to the last blocks,
-  // whose weights are most of all and whose rounding goes through few others. (Two there as well: 3 to 20 % slower. One
-  // wherever vectors have it: 10 % faster, and the class is another in up to 3.5 % of the recipe's images.)
-  int maps(Part part, Kind kind) const {
+  // Pieces of bfloat16 that a pointwise layer of the block at work multiplies; 0 for floats. One piece serves the last
+  // blocks, whose weights are most of all and whose rounding goes through few attentions: then bfloat16 and float32 name
+  // the same class of 99 images in 100. From stride 16 on it is 98, from 8 on 96. Before them tiles multiply two pieces,
+  // 16 bits of a float, in less time than vectors multiply floats.
+  int maps() const {
     if (!bf16_) return 0;
-    if (half_step_ > 2) return stride_ == 32 ? 1 : 2;
-    return stride_ >= bf16_from_stride(part, kind) ? 1 : 0;
+    if (stride_ >= 32) return 1;
+    return half_step_ > 2 ? 2 : 0;
   }
 
   const Shapes& asked() const { return read_.asked(); }
@@ -282,7 +270,7 @@ class Builder {
     if (config_.groups > 1) {
       for (int i = 0; i < C; ++i) source[i % config_.groups * (C / config_.groups) + i / config_.groups] = i;
     }
-    w.head = pointwise("head.expand", 6 * C, C, source, false, maps(Part::expand, Kind::same), false);
+    w.head = pointwise("head.expand", 6 * C, C, source, false, maps(), false);
     w.fc_at = pack_.taken();
     w.fc = linear("head.fc", config_.hidden_features, 6 * C + D);
     w.classifier = linear("head.classifier", config_.num_classes, config_.hidden_features);
