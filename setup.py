@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -176,6 +177,7 @@ def make_extension(library: Library, switch: str) -> tuple[Extension, str]:
             libraries += ["cudart", *(["torch_cuda"] if torch.version.cuda else [])]
             if "TORCH_CUDA_ARCH_LIST" not in os.environ:
                 flags["nvcc"] += NVCC_ARCHITECTURES
+    flags["cxx"] += shlex.split(os.environ.get("CXXFLAGS", ""))  # after ours: whoever builds has the last word
     # System includes: somebody else's headers are not ours to warn about.
     system = [argument for path in includes for argument in ("-isystem", path)]
     extension = Extension(
