@@ -19,6 +19,7 @@ NAMES = {
     ("openvino", "bfloat16"): "OpenVINO, bf16",
 }
 OTHERS = {"float32": ("onnxruntime", "openvino"), "bfloat16": ("openvino",)}
+ROUNDED = (("engine", "bfloat16"), ("openvino", "bfloat16"))  # they differ in how far their logits are off
 
 
 def times(rows: list[Row]) -> dict[str, dict[tuple[str, str], float]]:
@@ -43,6 +44,8 @@ def tables(rows: list[Row]) -> list[str]:
         ours = {name: of for name, of in chosen.items() if any(backend == "engine" for backend, _ in of)}
         contenders = [key for key in NAMES if any(key in of for of in ours.values())]
         head = [*("network", *(f"{NAMES[key]}, ms" for key in contenders)), "engine gains", "engine gains, bf16"]
+        head += [f"{NAMES[key]}, off by" for key in ROUNDED if key in contenders]
+        off = {(r["variants"], r["backend"], r["dtype"]): r["logits_off_by"] for r in rows if r["batch"] == batch}
         kernels = {row["kernel"] for row in rows if row["backend"] == "engine"}
         told = f"{threads} thread{'s' if threads > 1 else ''}, batch {batch}, 224 x 224, the engine in"
         lines += [f"{told} {', '.join(sorted(kernels))}, milliseconds an image:", ""]
@@ -50,7 +53,8 @@ def tables(rows: list[Row]) -> list[str]:
         for name, of in ours.items():
             cells = [f"{of[key]:.2f}" if key in of else "" for key in contenders]
             gains = [reading.ratio(gain(of, dtype)) for dtype in OTHERS]
-            lines += [_line([name, *cells, *gains])]
+            errors = [f"{off[name, *key]:.2%}" if key in of else "" for key in ROUNDED if key in contenders]
+            lines += [_line([name, *cells, *gains, *errors])]
         lines += [""]
         peers = {name: of for name, of in chosen.items() if name not in ours}
         if peers:

@@ -56,7 +56,8 @@ make bench BENCH="--with-compile --save-results"
   of all inputs alone. What the kernels save in a training step is in the training rows of the networks.
 - Runtimes: all contenders of a table take turns. ONNX Runtime and OpenVINO get the graph that `mobileformer export`
   writes, with its shape made static, and the settings that were found fastest for them. "Engine gains" is the faster of
-  the two over the engine in the same precision. Accuracies are published ones, weights are random.
+  the two over the engine in the same precision; "off by" is the largest difference of logits from the model in float64,
+  over the largest logit. Accuracies are published ones, weights are random.
 """
 
 

@@ -167,9 +167,16 @@ def _no_wait() -> None:
 
 
 def _cpu_name() -> str:
+    """With family and model: virtual machines call processors of several generations by one name."""
+    told: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+            for line in lines:
+                key, _, value = line.partition(":")
+                told.setdefault(key.strip(), value.strip())
     except OSError:  # not Linux
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        pass
+    if "model name" not in told:
+        return platform.processor() or platform.machine()
+    generation = [f"{key} {told[name]}" for key, name in (("family", "cpu family"), ("model", "model")) if name in told]
+    return ", ".join([told["model name"], " ".join(generation)] if generation else [told["model name"]])
