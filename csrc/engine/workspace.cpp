@@ -51,8 +51,7 @@ size_t first_together_of(const Config& config, const Weights& weights, int heigh
 
 Workspace::Workspace(const Config& config, const Weights& weights, const Kernels& kernels, int height, int width,
                      int threads, int images)
-    : height(height), width(width), images(images),
-      first_together(first_together_of(config, weights, height, width)),
+    : height(height), width(width), images(images), first_together(first_together_of(config, weights, height, width)),
       results(images) {
   const int M = config.num_tokens, D = config.token_dim;
   int h = halved(height), w = halved(width), C = config.stem_channels;

@@ -80,7 +80,7 @@ struct Workspace {
   Map stem;
   std::vector<BlockSpace> blocks;
   std::vector<std::vector<BlockResult>> results;  // [images][blocks]; the same for all where they are not together
-  float* flat;  // any depthwise output: float or bfloat16
+  float* flat;                                    // any depthwise output: float or bfloat16
   Map head;
   std::vector<Scratch> scratch;
   Span spans[MAX_SPANS];
