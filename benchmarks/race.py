@@ -114,7 +114,9 @@ def chart(rows: list[Row], colors: dict[str, str]) -> Figure:
         style = {"textcoords": "offset points", "ha": align, "fontsize": 8, "color": colors["red"]}
         ax.annotate(name, (time, top1[name]), offset, **style)
     ax.set_xscale("log")
-    ax.set_xticks(ticks := [1, 2, 3, 5, 7, 10, 15, 20, 30], [str(tick) for tick in ticks])
+    low, high = ax.get_xlim()
+    ticks = [tick for tick in (0.3, 0.5, 0.7, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50) if low <= tick <= high]
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.minorticks_off()
     ax.set_xlabel("milliseconds an image, one thread")
     ax.set_ylabel("published ImageNet-1k top-1, %")

@@ -89,6 +89,24 @@ def test_strides_do_not_matter_and_the_input_is_left_alone(run: Engine) -> None:
     np.testing.assert_array_equal(x, image(2, 64, 80))
 
 
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("variant", "spatial"), [("26m", False), ("96m", True), ("294m", False)])
+def test_an_image_does_not_depend_on_those_beside_it(variant: str, spatial: bool, dtype: str, isa: str) -> None:
+    """Images of a batch go through the tokens together, up to eight at a time."""
+    engine = Engine(folded(variant, spatial), dtype, isa=isa)
+    x = image(11, 64, 40)
+    maps, tokens = engine.forward_features(x)
+    logits = engine(x)
+    for at in range(len(x)):
+        alone, token = engine.forward_features(x[at : at + 1])
+        np.testing.assert_array_equal(tokens[at], token[0])
+        for together, map_alone in zip(maps, alone, strict=True):
+            np.testing.assert_array_equal(together[at], map_alone[0])
+        # the classifier takes the whole batch at once, and adds in another order
+        np.testing.assert_allclose(logits[at], engine(x[at : at + 1])[0], rtol=0, atol=1e-4)
+
+
 def test_results_belong_to_the_caller(run: Engine) -> None:
     """A later call does not write over them."""
     a, b = image(1, 64, 64, seed=1), image(1, 64, 64, seed=2)
