@@ -61,9 +61,9 @@ demo: $(VENV)/.installed $(VENV)/.built
 	$(BIN)/mobileformer demo
 
 test: $(VENV)/.developing $(VENV)/.built
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(COVERAGE) $(TEST)
 
-coverage: TEST += --cov --cov-report=term
+coverage: COVERAGE := --cov --cov-report=term
 coverage: test
 
 lint: $(VENV)/.developing
