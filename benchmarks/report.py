@@ -58,6 +58,8 @@ make bench BENCH="--with-compile --save-results"
   writes, with its shape made static, and the settings that were found fastest for them. "Engine gains" is the faster of
   the two over the engine in the same precision; "off by" is the largest difference of logits from the model in float64,
   over the largest logit. Accuracies are published ones, weights are random.
+- Before commit fe579e7 ONNX Runtime's threads span on into the next contender's turn: with two threads OpenVINO's times
+  are too long in older runs.
 """
 
 
