@@ -237,7 +237,7 @@ def test_instruction_sets_round_differently_and_no_more() -> None:
 @pytest.mark.parametrize(("variant", "spatial"), [("26m", False), ("96m", False), ("96m", True)])
 def test_more_threads_give_the_same(variant: str, spatial: bool, dtype: str, threads: int) -> None:
     one, more = (Engine(folded(variant, spatial), dtype, threads=n) for n in (1, threads))
-    for shape in ((1, 64, 64), (2, 33, 47), (3, 96, 64)):
+    for shape in ((1, 64, 64), (2, 33, 47), (3, 96, 64), (9, 64, 40)):
         x = image(*shape)
         np.testing.assert_array_equal(more(x), one(x))
         np.testing.assert_array_equal(more.forward_features(x)[1], one.forward_features(x)[1])

@@ -202,6 +202,7 @@ def test_wheel_holds_what_was_built_and_tells_how(wheel: Path) -> None:
         assert row["compiler"]
         assert not any(flag.startswith("-march") or flag == "-ffast-math" for flag in row["flags"])
     assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in record["libraries"][CPU]["flags"]
+    assert [record["libraries"][name]["flags"][-1] for name in (CPU, ENGINE)] == ["-O1", "-O1"]  # the builder's own
     assert record["torch"].split("+")[0] == pinned("torch")
 
 

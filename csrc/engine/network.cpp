@@ -65,14 +65,17 @@ void Network::map_shapes(int height, int width, std::vector<MapShape>& shapes) c
 std::unique_ptr<Workspace> Network::borrow(int height, int width, int members, int images) const {
   {
     std::lock_guard lock(spaces_mutex_);
+    auto small = spaces_.end();
     for (auto at = spaces_.begin(); at != spaces_.end(); ++at) {
-      if ((*at)->height == height && (*at)->width == width && int((*at)->scratch.size()) >= members &&
-          (*at)->images >= images) {
+      if ((*at)->height != height || (*at)->width != width) continue;
+      if (int((*at)->scratch.size()) >= members && (*at)->images >= images) {
         std::unique_ptr<Workspace> space = std::move(*at);
         spaces_.erase(at);
         return space;
       }
+      if (int((*at)->scratch.size()) <= members && (*at)->images <= images) small = at;
     }
+    if (small != spaces_.end()) spaces_.erase(small);  // the one to be made serves wherever this one did
   }
   return std::make_unique<Workspace>(config, weights_, kernels, height, width, members, images);
 }
@@ -98,7 +101,8 @@ void Network::run(const Images& images, float* logits, const Extras& extras) con
   call->joints.resize(size_t(images.batch) * width);
   map_shapes(images.height, images.width, call->shapes);
 
-  // A batch is dealt out, some images that go together to a member. A team that is at work for another caller is not waited for.
+  // A batch is dealt out, some images that go together to a member. A team that is at work for another caller is not
+  // waited for.
   std::unique_lock team(team_mutex_, std::try_to_lock);
   const bool alone = threads == 1 || !team.owns_lock() || !team_.here() || extras.stages || extras.profile;
   const int members = alone ? 1 : threads;
