@@ -51,7 +51,7 @@ struct Products {
   const int32_t* offsets = nullptr;  // [depth] where an input lies relative to a position, in elements
   const void* weight = nullptr;
   const float* scale = nullptr;  // i16_weight: [vectors] of the sums
-  int rows = 0;                  // of one image among those given, or 0: no tile then has rows of two
+  int rows = 0;                  // of each image, which share no tile with another's; 0: all are of one image
   int pieces = 1;                // bf16: of map and weight
   ptrdiff_t piece = 0;           // elements between those of the map
   int vectors = 0;               // of outputs, in vectors of the instruction set
