@@ -122,11 +122,15 @@ class Document:
 
     def add(self, row: dict[str, Any]) -> None:
         if self.lines:
-            write(json.dumps(row, allow_nan=False) + "\n")
+            text = json.dumps(row, allow_nan=False) + "\n"
         else:
             text = textwrap.indent(json.dumps(row, indent=2, allow_nan=False), "    ")
-            write(("," if self._rows else "") + "\n" + text)
-        self._rows += 1
+            text = ("," if self._rows else "") + "\n" + text
+        self._rows += 1  # before it is written: where Ctrl-C comes between the two, the document stays whole
+        write(text)
+
+    def close(self) -> None:
+        """Nothing yet: whether `end` or `fail` follows the rows is decided later. For who closes any kind of sink."""
 
     def end(self) -> None:
         if not self.lines:
