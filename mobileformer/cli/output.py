@@ -130,15 +130,20 @@ def _stdout_works() -> bool:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str | None = None
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    caption: str | None = None,
+    *,
+    width: int = 200,
 ) -> None:
-    """A table on standard output. Columns whose cells are all numbers are set to the right."""
+    """A table on standard output, `width` wide at most where that is no terminal. Columns of numbers are set right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    # Without a terminal rich assumes 80 columns and folds cells; a file or a pipe has room.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    # Without a terminal rich assumes 80 columns and folds cells; a file or a pipe has room, and names are searched for.
+    console = Console(width=None if sys.stdout.isatty() else width, highlight=False)
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for index, column in enumerate(columns):
         numeric = all(_is_number(str(row[index])) for row in rows)
