@@ -54,6 +54,7 @@ def run(*arguments: object, code: int = 0) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.output
+    assert "internal error" not in result.stderr
     return result
 
 

@@ -81,6 +81,8 @@ def test_info_as_tables() -> None:
         "threads",
     ):
         assert words in told
+    assert max(map(len, told.splitlines())) <= 80
+    assert told.count("interpreter: set TRITON_INTERPRET=1") <= 1  # not once for every operator
 
 
 @pytest.mark.parametrize("variant", ["26m", "294m"])

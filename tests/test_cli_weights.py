@@ -10,6 +10,7 @@ import torch
 from cli_support import NAMES, expected, make_files, run, run_json
 
 import mobileformer
+from mobileformer.inference import library
 from mobileformer.pretrained import sample_images, shipped_weights
 
 # Without the compiled library the commands run on the reference and say so; the rest is the same.
@@ -22,12 +23,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("weights", ["named.safetensors", "published.pth.tar"])
-@pytest.mark.parametrize("path", ["--fused", "--no-fused"])
-def test_predict_gives_the_probabilities_of_the_model(folder: Path, weights: str, path: str) -> None:
+@pytest.mark.parametrize("path", [None, "--fused", "--no-fused"])
+def test_predict_gives_the_probabilities_of_the_model(folder: Path, weights: str, path: str | None) -> None:
     image = folder / "images" / "b.png"
-    report = run_json("predict", image, "--weights", folder / weights, "--size", 64, "--top-k", 3, path)
+    options = () if path is None else (path,)
+    report = run_json("predict", image, "--weights", folder / weights, "--size", 64, "--top-k", 3, *options)
     (answer,) = report["results"]
-    assert report["fused"] == (path == "--fused")
+    assert report["fused"] == (path != "--no-fused")
+    usual = "engine" if library.why_not() is None else "fused"
+    assert report["path"] == {None: usual, "--fused": "fused", "--no-fused": "plain"}[path]
     assert answer["image"] == str(image)
     assert len(answer["predictions"]) == 3
     for row, (index, probability) in zip(answer["predictions"], expected(folder / weights, image), strict=False):
@@ -110,7 +114,7 @@ def test_predict_grey_weights_take_colour_images(folder: Path) -> None:
 def test_predict_refuses_weights_that_answer_with_nan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mobileformer.Model, "forward", lambda self, x: torch.full((len(x), 7), float("nan")))
     image = folder / "images" / "b.png"
-    report = run_json("predict", image, "--weights", folder / "plain.safetensors", "--size", 64, code=1)
+    report = run_json("predict", image, "--weights", folder / "plain.safetensors", "--size", 64, "--fused", code=1)
     assert "not finite" in report["results"][0]["error"]
     assert "predictions" not in report["results"][0]
 
@@ -295,7 +299,7 @@ def test_convert_says_what_cannot_be_folded_or_unfolded(folder: Path, tmp_path: 
     for command in (
         ("convert", target, tmp_path / "back.pth"),
         ("convert", target, tmp_path / "again.safetensors", "--fold"),
-        ("predict", folder / "images" / "b.png", "--weights", target),
+        ("predict", folder / "images" / "b.png", "--weights", target, "--fused"),
     ):
         assert "folded for inference" in run_json(*command, code=1)["error"]
     # A scale so large that the folded weight is beyond float32.

@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mobileformer.cli.output import (
+    MAX_BATCH,
+    MAX_REPEATS,
+    MAX_SIZE,
+    MAX_THREADS,
     CommandError,
+    DeviceOption,
     JsonOption,
     check_device,
+    check_memory,
     check_variant,
     command,
     machine_line,
@@ -31,14 +37,18 @@ __all__ = ["bench", "photo_tensor", "show_rows"]
 
 def bench(
     variant: Annotated[str, typer.Option(callback=check_variant, help="26m ... 508m.")] = "294m",
-    batch: Annotated[int | None, typer.Option(min=1, help="Images a call; 1, training 16.", show_default=False)] = None,
-    size: Annotated[
-        int | None, typer.Option(min=32, help="Side of an image; 224, training 128.", show_default=False)
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=MAX_BATCH, help="Images a call; 1, training 16.", show_default=False)
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
+    size: Annotated[
+        int | None, typer.Option(min=32, max=MAX_SIZE, help="Side of an image; 224, training 128.", show_default=False)
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="CPU threads of PyTorch.")] = 1,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and arithmetic.")] = "float32",
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where everything runs.")] = "cpu",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; every contender runs once in each.")] = 20,
+    device: DeviceOption = "cpu",
+    repeats: Annotated[
+        int, typer.Option(min=1, max=MAX_REPEATS, help="Rounds; every contender runs once in each.")
+    ] = 20,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="A photo; else random numbers.")] = None,
     train: Annotated[bool, typer.Option("--train", help="Training steps: forward, loss, backward, AdamW.")] = False,
     compiled: Annotated[
@@ -66,7 +76,8 @@ def bench(
             )
         if train and dtype != "float32":
             raise typer.BadParameter("training is measured in float32", param_hint="--dtype")
-        check_device(device)
+        device = check_device(device)
+        check_memory(size, batch)
         if profiled:
             if train or device != "cpu" or threads > 1:
                 raise typer.BadParameter(

@@ -9,6 +9,8 @@ import typer
 
 from mobileformer.cli.bench import photo_tensor, show_rows
 from mobileformer.cli.output import (
+    MAX_REPEATS,
+    MAX_THREADS,
     CommandError,
     JsonOption,
     check_variant,
@@ -35,8 +37,8 @@ def demo(
         Path | None, typer.Argument(metavar="IMAGE", help="A photo to time the paths on; else the cat in the package.")
     ] = None,
     variant: Annotated[str, typer.Option(callback=check_variant, help="What is timed: 26m ... 508m.")] = "294m",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of PyTorch.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; every path runs once in each.")] = 20,
+    threads: Annotated[int, typer.Option(min=1, max=MAX_THREADS, help="CPU threads of PyTorch.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, max=MAX_REPEATS, help="Rounds; every path runs once in each.")] = 20,
     sheet: Annotated[Path, typer.Option(metavar="PNG", help="Where the contact sheet goes.")] = Path("demo.png"),
     as_json: JsonOption = False,
 ) -> None:

@@ -11,7 +11,11 @@ import typer
 
 from mobileformer.cli.networks import open_networks
 from mobileformer.cli.output import (
+    MAX_BATCH,
+    MAX_THREADS,
+    MAX_WORKERS,
     CommandError,
+    DeviceOption,
     JsonOption,
     check_device,
     command,
@@ -39,7 +43,7 @@ def evaluate(
     ],
     weights: WeightsOption = None,
     split: Annotated[Literal["train", "val"], typer.Option(help="Which images.")] = "val",
-    batch: Annotated[int, typer.Option(min=1, help="Images in one call of the network.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images in one call of the network.")] = 64,
     size: SizeOption = None,
     path: Annotated[
         Literal["fused", "plain", "engine", "engine-bf16"] | None,
@@ -53,9 +57,11 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Names of the weights' classes in order, in place of the file's own."),
     ] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where fused and plain run.")] = "cpu",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else PyTorch's choice.")] = None,
+    device: DeviceOption = "cpu",
+    workers: Annotated[int, typer.Option(min=0, max=MAX_WORKERS, help="Processes that load images.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads; else PyTorch's choice.")
+    ] = None,
     max_broken: Annotated[int, typer.Option(min=0, help="Unreadable images before it ends.")] = 100,
     as_json: JsonOption = False,
 ) -> None:
@@ -72,7 +78,7 @@ def evaluate(
             raise typer.BadParameter("--compare runs all of them", param_hint="--path")
         if confusion is not None and confusion.suffix.lower() != ".png":
             raise typer.BadParameter(f"{confusion}: expected the ending .png", param_hint="--confusion")
-        check_device(device)
+        device = check_device(device)
         report = _run(
             data, weights, split=split, batch=batch, size=size, paths=COMPARED if compare else (path or "",),
             confusion=confusion, labels=labels, device=device, workers=workers, threads=threads, max_broken=max_broken,

@@ -102,10 +102,13 @@ def _count_parameters(variant: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+_WIDTH = 80  # of everything that `info` shows of a machine: it is read, and quoted in reports
+
+
 def _show(report: dict[str, Any]) -> None:
     print_table(
         f"Mobile-Former {report['version']}",
-        ("variant", "parameters", "MAdds, fvcore", "MAdds, conv+linear+matmul", "published top-1"),
+        ("variant", "parameters", "MAdds,\nfvcore", "MAdds, conv\n+linear+matmul", "published\ntop-1"),
         [
             (
                 name,
@@ -119,21 +122,9 @@ def _show(report: dict[str, Any]) -> None:
         caption="Parameters: counted here, 3 channels, 1000 classes. MAdds: one image of 224 x 224;\n"
         + "".join(f"{name}: {what}\n" for name, what in report["madds_counters"].items())
         + f"Top-1: {report['top1_source']}; not measured here.",
+        width=_WIDTH,
     )
-    print_table(
-        "Kernels",
-        ("operator", "device", "backend", "state", "built with, or why not"),
-        [
-            (
-                row["op"],
-                row["device"],
-                row["backend"],
-                "used" if row["automatic"] else "ready" if row["available"] else "missing",
-                row["built_with"] if row["available"] else row["reason"],
-            )
-            for row in report["kernels"]
-        ],
-    )
+    _show_kernels(report["kernels"])
     engine = report["engine"]
     print_table(
         "Inference engine",
@@ -145,5 +136,29 @@ def _show(report: dict[str, Any]) -> None:
             *([("runs", engine["isa"])] if engine["available"] else []),
         ],
         caption="runnable: instruction sets of this CPU; MF_ENGINE_ISA chooses one, otherwise the last runs.",
+        width=_WIDTH,
     )
-    print_table("Machine", ("what", "is"), list(report["machine"].items()))
+    print_table("Machine", ("what", "is"), list(report["machine"].items()), width=_WIDTH)
+
+
+def _show_kernels(rows: list[dict[str, Any]]) -> None:
+    """Operators beside kernels; and once for each kernel what it was built with, or why it is not there."""
+    kernels = list(dict.fromkeys((row["device"], row["backend"]) for row in rows))
+    states: dict[str, list[str]] = {}
+    told: dict[tuple[str, str], list[str]] = {}  # (kernel, text) -> operators
+    for row in rows:
+        state = "used" if row["automatic"] else "ready" if row["available"] else "missing"
+        states.setdefault(row["op"], []).append(state)
+        text = row["built_with"] if row["available"] else row["reason"]
+        told.setdefault((f"{row['device']} {row['backend']}", text), []).append(row["op"])
+    columns = ("operator", *(f"{device}\n{backend}" for device, backend in kernels))
+    print_table("Kernels", columns, [(op, *of_op) for op, of_op in states.items()], width=_WIDTH)
+    print_table(
+        "",
+        ("kernel", "built with, or why not"),
+        [
+            (kernel, text if len(ops) == len(states) else f"{', '.join(ops)}: {text}")
+            for (kernel, text), ops in told.items()
+        ],
+        width=_WIDTH,
+    )

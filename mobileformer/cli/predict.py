@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mobileformer.cli.answers import AnswerFile, AnswerTable, classify, run_key
 from mobileformer.cli.output import (
+    MAX_BATCH,
+    MAX_THREADS,
+    MAX_WORKERS,
+    CommandError,
+    DeviceOption,
+    Document,
     JsonOption,
     check_device,
+    check_memory,
     command,
     note,
     print_json,
-    print_table,
     progress,
 )
-from mobileformer.cli.weights import (
-    InputView,
-    SizeOption,
-    WeightsOption,
-    chosen_weights,
-    input_view,
-    open_metadata,
-    open_model,
-    read_labels,
-)
+from mobileformer.cli.weights import SizeOption, WeightsOption, chosen_weights, input_view, read_labels
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from mobileformer import Model
+    from mobileformer import Metadata
 
 __all__ = ["predict"]
 
@@ -49,126 +44,142 @@ def predict(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
     size: SizeOption = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the network runs.")] = "cpu",
-    fused: Annotated[bool, typer.Option("--fused/--no-fused", help="Fused operators, or plain PyTorch.")] = True,
-    batch: Annotated[int, typer.Option(min=1, help="Images in one call of the network.")] = 16,
+    device: DeviceOption = "auto",
+    fused: Annotated[
+        bool | None,
+        typer.Option(
+            "--fused/--no-fused",
+            help="Fused operators of PyTorch, or plain PyTorch; else on the CPU the inference engine.",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option(help="Of the engine's matrix products, or of the network on a GPU."),
+    ] = "float32",
+    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images in one call of the network.")] = 16,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads of the network; else PyTorch's choice.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, max=MAX_WORKERS, help="Threads that read images ahead of the network.")
+    ] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.jsonl", help="Write a line an image here; the same command goes on where it stopped."
+        ),
+    ] = None,
     as_json: JsonOption = False,
+    as_lines: Annotated[
+        bool, typer.Option("--jsonl", help="A JSON line an image on standard output, as soon as it is known.")
+    ] = False,
 ) -> None:
     """Classify images: the most probable classes of each.
 
     Resize the short side to size over crop fraction, crop the centre, normalise, all as the weight file says. One
     that does not say gets size 224 and crop fraction 0.875.
     Transparent pixels count as white. A bad file is reported and the rest is done; the exit code is then 1.
+
+    Answers are written while it runs: Ctrl-C leaves those that there are, and with --json a whole document.
     """
-    with command(as_json):
+    with command(as_json or as_lines, lines=as_lines) as document:
+        _check_options(output, as_json=as_json, as_lines=as_lines)
         weights = chosen_weights(weights)
-        check_device(device)
-        metadata = open_metadata(weights)
+        metadata, path, device, network = _open(weights, device, fused, precision, threads)
         names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels
         view = input_view(metadata, weights, size)
-        model = open_model(weights, use_fused=fused).to(device)
-        answers = _classify(model, images, batch=batch, view=view, top_k=top_k)
-        results = []
-        for answer in answers:
-            for row in answer.get("predictions", ()):
-                row["label"] = names[row["class"]] if names else None
-            if "error" in answer:
-                note(f"error: {answer['error']}")
-            results.append(answer)
-        failed = sum("error" in answer for answer in results)
-        if as_json:
-            print_json(
-                {
-                    "weights": str(weights),
-                    "variant": metadata.variant,
-                    "device": device,
-                    "fused": fused,
-                    "size": view.size,
-                    "crop_fraction": view.crop_fraction,
-                    "failed": failed,
-                    "results": results,
-                }
-            )
+        check_memory(view.size, batch, channels=metadata.in_chans)
+        told = {
+            "weights": str(weights),
+            "variant": metadata.variant,
+            "device": device,
+            "fused": path != "plain",
+            "path": path,
+            "precision": precision,
+            "size": view.size,
+            "crop_fraction": view.crop_fraction,
+        }
+        sink: AnswerFile | AnswerTable | Document
+        if output is not None:
+            sink = AnswerFile(output, run_key(weights, view, names, top_k, told["fused"], precision))
+        elif document.wanted:
+            sink = document
+            document.begin(told, "results")
         else:
-            _show(results, has_names=names is not None)
+            sink = AnswerTable(has_names=names is not None)
+        before = sink.answered if isinstance(sink, AnswerFile) else {}
+        count, failed = len(before), sum(before.values())
+        if before:
+            note(f"{output}: goes on after {count} answers")
+        document.tail["failed"] = failed
+        with closing(sink), _threads(threads):
+            answers = classify(
+                network, _to_do(images, before), view=view, names=names, top_k=top_k, batch=batch, workers=workers
+            )
+            for answer in answers:
+                count += 1
+                if "error" in answer:
+                    note(f"error: {answer['error']}")
+                    document.tail["failed"] = failed = failed + 1
+                sink.add(answer)
+        if sink is document:
+            document.end()
+        elif as_json:
+            print_json({**told, "output": str(output), "answers": count, "failed": failed})
         if failed:
-            note(f"{failed} of {len(results)} failed")
+            if count > 1:
+                note(f"{failed} of {count} failed")
             raise typer.Exit(1)
 
 
-def _classify(
-    model: Model,
-    arguments: list[str],
-    *,
-    batch: int,
-    view: InputView,
-    top_k: int,
-) -> Iterator[dict[str, Any]]:
-    """{"image", "predictions"} or {"image", "error"} for every image, in order; batch by batch."""
-    from mobileformer.data import ImageError, find_images, load_image
-
-    found = list(find_images(arguments))
-    bar = progress(found, "images", total=len(found))
-    for group in _batched(bar, batch):
-        answers: list[dict[str, Any]] = []
-        arrays = []
-        for name, problem in group:
-            answers.append({"image": name})
-            try:
-                if problem is not None:
-                    raise ImageError(problem)
-                arrays.append(load_image(name, **asdict(view)))
-            except ImageError as error:
-                answers[-1]["error"] = str(error)
-        good = [answer for answer in answers if "error" not in answer]
-        for answer, outcome in zip(good, _run(model, arrays, top_k), strict=True):
-            answer.update(outcome)
-            if "error" in outcome:
-                answer["error"] = f"{answer['image']}: {outcome['error']}"
-        yield from answers
+def _check_options(output: Path | None, *, as_json: bool, as_lines: bool) -> None:
+    if as_lines and (as_json or output is not None):
+        raise typer.BadParameter("is another form of --json and of --output; give one", param_hint="--jsonl")
+    if output is None:
+        return
+    if output.suffix.lower() != ".jsonl":
+        raise typer.BadParameter(f"{output}: expected the ending .jsonl", param_hint="--output")
+    if not output.absolute().parent.is_dir():
+        raise CommandError(f"--output {output}: the folder {output.parent} does not exist")
 
 
-def _run(model: Model, arrays: list[np.ndarray], top_k: int) -> Iterator[dict[str, Any]]:
-    import numpy as np
+def _to_do(images: list[str], before: dict[str, bool]) -> Iterator[tuple[str, str | None]]:
+    """The images that have no answer yet, with a bar for whoever watches."""
+    from mobileformer.data import find_images
+
+    return ((name, problem) for name, problem in progress(find_images(images), "images") if name not in before)
+
+
+def _open(
+    weights: Path, device: str, fused: bool | None, precision: str, threads: int | None
+) -> tuple[Metadata, str, str, Callable[[Any], Any]]:
+    """What the file says of itself, which path computes, where, and the function from images to logits."""
     import torch
 
-    if not arrays:
-        return
-    with torch.inference_mode():
-        logits = model(torch.from_numpy(np.stack(arrays)).to(model.tokens.device)).double().cpu()
-    for row in logits:
-        if not bool(torch.isfinite(row).all()):
-            yield {"error": "the network's answer is not finite, so there is no class to name"}
-            continue
-        top = row.softmax(0).topk(min(top_k, len(row)))
-        yield {
-            "predictions": [
-                {"class": index, "probability": probability}
-                for index, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            ]
-        }
+    from mobileformer.cli.networks import EngineError, is_folded, open_networks
+
+    folded = is_folded(weights)
+    device = check_device("cpu" if folded and device == "auto" else device)
+    path = "engine" if folded or (fused is None and device == "cpu") else "plain" if fused is False else "fused"
+    if folded and fused is not None:
+        raise CommandError(f"{weights}: is folded for inference, only the engine runs it, not --fused or --no-fused")
+    if precision == "bfloat16" and not path.startswith("engine") and (path == "plain" or device == "cpu"):
+        raise typer.BadParameter("is for the inference engine, or fused on a GPU", param_hint="--precision bfloat16")
+    chosen = path + ("-bf16" if precision == "bfloat16" else "")
+    count = threads or torch.get_num_threads()
+    try:
+        metadata, networks = open_networks(weights, (chosen,), device, count)
+    except EngineError as error:
+        if folded or precision == "bfloat16":
+            raise
+        note(f"fused PyTorch computes in place of the engine: {error}")
+        path = chosen = "fused"
+        metadata, networks = open_networks(weights, (chosen,), device, count)
+    return metadata, path, device, networks[chosen]
 
 
-def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while group := list(islice(iterator, size)):
-        yield group
+def _threads(threads: int | None) -> AbstractContextManager[None]:
+    from mobileformer.inference.threads import thread_count
 
-
-def _show(results: list[dict[str, Any]], *, has_names: bool) -> None:
-    rows = [
-        (
-            answer["image"] if rank == 0 else "",
-            row["class"],
-            row["label"],
-            f"{100 * row['probability']:.2f} %",
-        )
-        for answer in results
-        for rank, row in enumerate(answer.get("predictions", ()))
-    ]
-    if not rows:
-        return
-    if has_names:
-        print_table("", ("image", "class", "name", "probability"), rows)
-    else:
-        print_table("", ("image", "class", "probability"), [(a, b, d) for a, b, _, d in rows])
+    return nullcontext() if threads is None else thread_count(threads)

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from mobileformer.cli.output import CommandError, JsonOption, check_device, command, note, print_json, print_table
+from mobileformer.cli.output import (
+    MAX_THREADS,
+    MAX_WORKERS,
+    CommandError,
+    DeviceOption,
+    JsonOption,
+    check_device,
+    command,
+    note,
+    print_json,
+    print_table,
+)
 
 __all__ = ["train"]
 
@@ -32,12 +43,14 @@ def train(
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Initial weights; another number of classes starts anew.")
     ] = None,
-    device: Annotated[
-        Literal["cpu", "cuda"], typer.Option(help="Where it trains; under torchrun each process its own GPU.")
-    ] = "cpu",
+    device: DeviceOption = "cpu",
     fused: Annotated[bool, typer.Option("--fused/--no-fused", help="Fused operators, or plain PyTorch.")] = True,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load images, for each that trains.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a process; else PyTorch's choice.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, max=MAX_WORKERS, help="Processes that load images, for each that trains.")
+    ] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads of a process; else PyTorch's choice.")
+    ] = None,
     save_minutes: Annotated[float, typer.Option(min=0, help="Between checkpoints inside an epoch.")] = 10.0,
     max_broken: Annotated[int, typer.Option(min=0, help="Unreadable images before the run ends.")] = 100,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again where DIR holds a run.")] = False,
@@ -45,13 +58,14 @@ def train(
 ) -> None:
     """Train a network. The same command goes on with a run that was stopped, at the very update.
 
-    On several processes or machines: torchrun --nproc-per-node 8 -m mobileformer train ... . The images of one update,
+    On several processes or machines: torchrun --nproc-per-node 8 -m mobileformer train ... , with --device cuda each on
+    its own GPU. The images of one update,
     and so the numbers, depend on the recipe alone, not on the processes that share them.
 
     Ctrl-C and SIGTERM save first. The exit code is then 128 plus the signal's number.
     """
     with command(as_json):
-        check_device(device)
+        device = check_device(device)
         result = _train(
             data, recipe, output, values or [], weights, device, fused=fused, workers=workers, threads=threads,
             save_minutes=save_minutes, max_broken=max_broken, fresh=fresh,

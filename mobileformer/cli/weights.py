@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mobileformer.cli.output import CommandError, note
+from mobileformer.cli.output import MAX_SIZE, CommandError, note
 
 if TYPE_CHECKING:
     from mobileformer import Metadata, Model
@@ -33,7 +33,9 @@ WeightsOption = Annotated[
 ]
 SizeOption = Annotated[
     int | None,
-    typer.Option(min=32, help="Side of the square the network sees, in pixels; else what the weight file says."),
+    typer.Option(
+        min=32, max=MAX_SIZE, help="Side of the square the network sees, in pixels; else what the weight file says."
+    ),
 ]
 
 
@@ -95,14 +97,18 @@ def open_model(path: Path, *, use_fused: bool = True) -> Model:
 
 def read_labels(path: Path, num_classes: int) -> list[str]:
     """Names of the classes in order: a list in a .json file, else one name a line. Raises CommandError."""
+    from mobileformer.files import read_regular
+
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(path, limit=1 << 26).decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise CommandError(f"--labels: {error if error.errno is None else f'{path}: {error.strerror}'}") from error
+    except ValueError as error:
         raise CommandError(f"--labels: {path}: {error}") from error
     if path.suffix.lower() == ".json":
         try:
             labels = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise CommandError(f"--labels: {path}: not valid JSON: {error}") from error
     else:
         labels = text.rstrip().split("\n")

@@ -56,12 +56,17 @@ class World:
 def join(device: str) -> Iterator[World]:
     """The world that torchrun's environment describes (gloo on the CPU, nccl on GPUs), or a world of one.
 
-    device: "cpu", or "cuda": then the process takes the GPU of its LOCAL_RANK.
+    device: "cpu", "cuda:1" and so on; or "cuda": then the process takes the GPU of its LOCAL_RANK.
+
+    Raises ValueError for one GPU that several processes would share.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     where = torch.device(device)
     if where.type == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if where.index is None:
+            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        elif size > 1:
+            raise ValueError(f"device: {size} processes want a GPU each, so 'cuda' without a number, got {device!r}")
         torch.cuda.set_device(where)
     if size == 1:
         yield World(0, 1, where)
