@@ -4,7 +4,7 @@ Knows nothing of the model. Importing this loads no compiled library; the first 
 """
 
 from mf_kernels import reference
-from mf_kernels._registry import KernelFallbackWarning, KernelRecord, record_kernels, use_backend
+from mf_kernels._registry import KernelFallbackWarning, KernelRecord, record_kernels, requested_backend, use_backend
 from mf_kernels._status import status
 from mf_kernels.ops.batch_norm_activation import batch_norm_activation
 from mf_kernels.ops.depthwise_conv2d import depthwise_conv2d
@@ -29,6 +29,7 @@ __all__ = [
     "mobile_to_former",
     "record_kernels",
     "reference",
+    "requested_backend",
     "status",
     "token_side",
     "use_backend",
