@@ -3,7 +3,7 @@
 Knows nothing of the model. Importing this loads no compiled library; the first call that can use one does.
 """
 
-from mf_kernels import reference
+from mf_kernels import _flops, reference
 from mf_kernels._registry import KernelFallbackWarning, KernelRecord, record_kernels, requested_backend, use_backend
 from mf_kernels._status import status
 from mf_kernels.ops.batch_norm_activation import batch_norm_activation
@@ -34,3 +34,5 @@ __all__ = [
     "token_side",
     "use_backend",
 ]
+
+_flops.register()
