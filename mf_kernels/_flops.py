@@ -1,8 +1,8 @@
 """What `torch.utils.flop_counter.FlopCounterMode` counts for the operators: the same as for the reference.
 
-It counts convolutions and matrix products, a multiply-add as two, and so do these formulas: not an activation, a norm or
-a softmax, and in a backward pass not what a kernel computes again in place of having kept it. An operator that is not
-named here has neither. Its own formula for the gradient of a convolution ignores groups; that is used as it is.
+It counts convolutions and matrix products, a multiply-add as two, and so do these formulas: not an activation, a norm
+or a softmax, and in a backward pass not what a kernel computes again in place of having kept it. An operator that is
+not named here has neither. Its own formula for the gradient of a convolution ignores groups; that is used as it is.
 
 That module imports Triton, if it is there. So the formulas wait until somebody imports it.
 """
