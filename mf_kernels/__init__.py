@@ -3,8 +3,8 @@
 Knows nothing of the model. Importing this loads no compiled library; the first call that can use one does.
 """
 
-from mf_kernels import reference
-from mf_kernels._registry import KernelFallbackWarning, KernelRecord, record_kernels, use_backend
+from mf_kernels import _flops, reference
+from mf_kernels._registry import KernelFallbackWarning, KernelRecord, record_kernels, requested_backend, use_backend
 from mf_kernels._status import status
 from mf_kernels.ops.batch_norm_activation import batch_norm_activation
 from mf_kernels.ops.depthwise_conv2d import depthwise_conv2d
@@ -29,7 +29,10 @@ __all__ = [
     "mobile_to_former",
     "record_kernels",
     "reference",
+    "requested_backend",
     "status",
     "token_side",
     "use_backend",
 ]
+
+_flops.register()

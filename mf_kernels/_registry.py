@@ -71,6 +71,14 @@ def use_backend(backend: str) -> Iterator[None]:
         _requested.backend = _last_requested = before
 
 
+def requested_backend() -> str:
+    """The backend that `use_backend` set for this thread's calls, "auto" outside of its blocks.
+
+    For work that is put off, to another thread or until a backward pass, and is to be served as it would be now.
+    """
+    return _requested.backend
+
+
 def route(op: str, device: str, dtype: torch.dtype, num_tokens: int = 1) -> str:
     """The backend that serves this call: "native", "triton" or "reference"."""
     too_many_tokens = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -122,3 +123,21 @@ def test_a_block_that_fails_leaves_its_statistics_in_place() -> None:
         features.sum().backward()
     handle.remove()
     assert norm.running_mean is before
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_the_second_run_is_served_by_the_backend_of_the_first(backend: str) -> None:
+    """The block ends before the backward pass, or the backward pass is another thread's."""
+    model, twin = models()
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    with mf_kernels.use_backend(backend):
+        loss, same = model(x).square().sum(), twin(x).square().sum()
+    loss.backward()
+    with mf_kernels.use_backend("native" if backend == "reference" else "reference"):
+        thread = threading.Thread(target=same.backward)
+        thread.start()
+        thread.join()
+        assert mf_kernels.requested_backend() != backend
+    for parameter, of_twin in zip(model.parameters(), twin.parameters(), strict=True):
+        assert of_twin.grad is not None
+        assert torch.equal(parameter.grad, of_twin.grad)

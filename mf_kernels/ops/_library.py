@@ -48,8 +48,8 @@ def serves_in_place(op: str, x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and x.dtype != torch.float16
         and x.dim() == 4
+        and not _registry.helper_missing(op, "cpu")  # before the layout, of which vmap allows no question
         and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
-        and not _registry.helper_missing(op, "cpu")
     )
 
 

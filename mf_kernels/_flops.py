@@ -1,0 +1,92 @@
+"""What `torch.utils.flop_counter.FlopCounterMode` counts for the operators: the same as for the reference.
+
+It counts convolutions and matrix products, a multiply-add as two, and so do these formulas: not an activation, a norm
+or a softmax, and in a backward pass not what a kernel computes again in place of having kept it. An operator that is
+not named here has neither. Its own formula for the gradient of a convolution ignores groups; that is used as it is.
+
+That module imports Triton, if it is there. So the formulas wait until somebody imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import math
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+_Shape = Sequence[int]
+
+
+def register() -> None:
+    """Tell the counter now if it is there, else as soon as it is imported."""
+    module = sys.modules.get(_COUNTER)
+    if module is not None:
+        _tell(module)
+    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Waiting())
+
+
+class _Waiting:
+    """A finder of modules that knows one, and leaves when that has been asked for."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_tell(module: ModuleType) -> None:
+            execute(module)
+            _tell(module)
+
+        spec.loader.exec_module = execute_and_tell
+        return spec
+
+
+def _tell(counter: Any) -> None:
+    operators = torch.ops.mf_kernels
+
+    def attention(x: _Shape, tokens: _Shape) -> int:
+        """Scores of every position and token, and what they weight: two products."""
+        return 4 * math.prod(x) * tokens[1]
+
+    def depthwise_backward(
+        d_y: _Shape, x: _Shape, weight: _Shape, bias: _Shape | None, stride: int, activation: str, out_shape: Any
+    ) -> int:
+        mask = (True, True, bias is not None)
+        return counter.conv_backward_flop(
+            d_y, x, weight, bias, stride, None, None, False, None, 1, mask, out_val=out_shape
+        )
+
+    def token_side(
+        tokens: _Shape, gathered: _Shape, parameters: Sequence[_Shape], num_heads: int, eps: float, out_shape: Any
+    ) -> int:
+        """The linear layers of all tokens, those that make the slopes of the first token, and the attention."""
+        batch, count, width = tokens
+        layers = [2 * batch * math.prod(shape) for shape in parameters if len(shape) == 2]
+        of_all, of_first = layers[:8], layers[8:]
+        return count * sum(of_all) + sum(of_first) + attention((batch, width, count), tokens)
+
+    formulas = {
+        operators.mobile_to_former_fwd: lambda x, q, *_, **__: attention(x, q),
+        operators.mobile_to_former_bwd: lambda d_out, x, q, *_, **__: 2 * attention(x, q),
+        operators.former_to_mobile_fwd: lambda x, k, *_, **__: attention(x, k),
+        operators.former_to_mobile_: lambda x, k, *_, **__: attention(x, k),
+        operators.former_to_mobile_bwd: lambda d_y, x, k, *_, **__: 2 * attention(x, k),
+        operators.depthwise_conv2d_fwd: lambda x, w, *_, out_shape, **__: counter.conv_flop_count(x, w, out_shape),
+        operators.depthwise_conv2d_bwd: depthwise_backward,
+        operators.depthwise_dynamic_relu: lambda x, w, *_, out_shape, **__: counter.conv_flop_count(x, w, out_shape),
+        operators.token_side: token_side,
+    }
+    for operator, formula in formulas.items():
+        if operator not in counter.flop_registry:
+            counter.register_flop_formula(operator)(formula)
