@@ -9,6 +9,7 @@ import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,10 @@ def moved(root: Path, **names: str) -> Path:
     for old, new in names.items():
         (root / old).rename(root / new)
     return root
+
+
+def opened(*arguments: Any, **more: Any) -> Any:
+    return open_source(*arguments, **more)
 
 
 def peak(call: Callable[[], None]) -> int:
@@ -42,7 +47,7 @@ def test_validation_comes_before_test(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path / "b", each=2)
     moved(tmp_path / "a", val=name)
     (tmp_path / "b" / "val").rename(tmp_path / "a" / "Test")
-    validation, test = (open_source(tmp_path / "a", split) for split in ("val", "test"))
+    validation, test = (opened(tmp_path / "a", split) for split in ("val", "test"))
     assert (len(validation), validation.name) == (6, str(tmp_path / "a" / name))
     assert (len(test), test.name) == (4, str(tmp_path / "a" / "Test"))
 
@@ -51,7 +56,7 @@ def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:
     write_folder(tmp_path)
     (tmp_path / "valid").mkdir()
     with pytest.raises(DataError, match="several folders for val, keep one: val, valid"):
-        open_source(tmp_path, "val")
+        opened(tmp_path, "val")
 
 
 @pytest.mark.parametrize("layout", ["set-{}-0.tar", "{}/0.tar", "{}/set-0.tar"])
@@ -63,35 +68,35 @@ def test_shards_keep_validation_and_test_apart(tmp_path: Path, layout: str, word
         for number in range(count):
             members |= {f"{number}.png": encoded(picture(number)), f"{number}.cls": b"1"}
         write_shard(tmp_path / layout.format(split), members)
-    assert [len(open_source(tmp_path, split)) for split in ("train", "val", "test")] == [3, 2, 1]
+    assert [len(opened(tmp_path, split)) for split in ("train", "val", "test")] == [3, 2, 1]
 
 
 def test_folders_of_classes_alone_are_split_the_same_way_at_every_call(tmp_path: Path) -> None:
     write_folder(tmp_path, each=10)
     root = tmp_path / "train"
-    training, validation, whole = (open_source(root, split) for split in ("train", "val", "all"))
+    training, validation, whole = (opened(root, split) for split in ("train", "val", "all"))
     assert (len(training), len(validation), len(whole)) == (16, 4, 20)
 
     def shown(source: FolderSource) -> list[tuple[int, int]]:
         return [(source[index][0].getpixel((0, 0))[0], source[index][1]) for index in range(len(source))]
 
     assert sorted(shown(training) + shown(validation)) == sorted(shown(whole))
-    assert shown(open_source(root, "val")) == shown(validation)
+    assert shown(opened(root, "val")) == shown(validation)
     assert [label for _, label in shown(validation)] == [0, 0, 1, 1]
     assert "a fifth of each class" in validation.name
     with pytest.raises(DataError, match="no folder for test"):
-        open_source(root, "test")
+        opened(root, "test")
     for number in range(1, 10):
         (root / "cat" / f"{number}.png").unlink()
     with pytest.raises(DataError, match="cat: 1 image in this class, a split into training and validation needs 2"):
-        open_source(root, "train")
+        opened(root, "train")
 
 
 def test_part_of_the_classes(tmp_path: Path) -> None:
     write_folder(tmp_path)
     (tmp_path / "train" / "cow").mkdir()
     (tmp_path / "val" / "owl").mkdir()
-    source = open_source(tmp_path, "val", partial=True)
+    source = opened(tmp_path, "val", partial=True)
     assert source.classes == ("cat", "cow", "dog", "owl")
     assert source.present == {"cat", "dog"}
     assert [source[index][1] for index in range(6)] == [0, 0, 0, 2, 2, 2]
@@ -108,13 +113,13 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
         picture(100 + number).save(outside / f"{number}.png")
     here = tmp_path / "data" / "train" / "cat"
     (here / "more").symlink_to(tmp_path / "outside")
-    assert len(open_source(tmp_path / "data", "train")) == 8
+    assert len(opened(tmp_path / "data", "train")) == 8
     assert len(list(find_images([here]))) == 8
     (here / "again").symlink_to(outside)
-    assert len(open_source(tmp_path / "data", "train")) == 8
+    assert len(opened(tmp_path / "data", "train")) == 8
     (outside / "back").symlink_to(here)
     with pytest.raises(DataError, match=r"back: a link that leads back to a folder it lies in$"):
-        open_source(tmp_path / "data", "train")
+        opened(tmp_path / "data", "train")
     assert any("leads back" in (problem or "") for _, problem in find_images([here]))
 
 
@@ -123,7 +128,7 @@ def test_links_that_lead_nowhere_are_told(tmp_path: Path, place: str) -> None:
     write_folder(tmp_path)
     (tmp_path / place).symlink_to(tmp_path / "unmounted")
     with pytest.raises(DataError, match=f"{place}: a link that leads nowhere"):
-        open_source(tmp_path, "train")
+        opened(tmp_path, "train")
 
 
 # Files that are none
@@ -133,7 +138,7 @@ def test_a_fifo_or_a_device_is_a_broken_image(tmp_path: Path) -> None:
     write_folder(tmp_path, classes=("cat",))
     os.mkfifo(tmp_path / "train" / "cat" / "x.jpg")
     (tmp_path / "train" / "cat" / "z.png").symlink_to("/dev/zero")
-    source = open_source(tmp_path, "train")
+    source = opened(tmp_path, "train")
     assert len(source) == 5
     with pytest.raises(ImageError, match=r"x\.jpg: expected a regular file, got a FIFO"):
         source[3]
@@ -147,10 +152,10 @@ def test_a_fifo_in_place_of_a_data_set_is_refused(tmp_path: Path, name: str) -> 
     (tmp_path / "data" / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / "data" / name)
     if name.endswith(".tar"):
-        assert len(open_source(tmp_path / "data", "train")) == 20  # no shard there: the IDX files are read
+        assert len(opened(tmp_path / "data", "train")) == 20  # no shard there: the IDX files are read
     else:
         with pytest.raises(DataError, match="are missing"):
-            open_source(tmp_path / "data", "train")
+            opened(tmp_path / "data", "train")
 
 
 # Sizes
@@ -169,14 +174,14 @@ def test_idx_reads_what_its_head_says_and_no_more(tmp_path: Path) -> None:
 
     def refused() -> None:
         with pytest.raises(DataError, match=r"more than 720 bytes after the head, expected 20 x 6 x 6 = 720"):
-            open_source(tmp_path, "train")
+            opened(tmp_path, "train")
 
     assert peak(refused) < 2**22
     head = (0x803).to_bytes(4, "big") + (20).to_bytes(4, "big") + (2**30).to_bytes(4, "big") * 2
     for content in (head, gzip.compress(head)):
         file.write_bytes(content)
         with pytest.raises(DataError, match="after the head, expected 20 x 1073741824 x 1073741824"):
-            open_source(tmp_path, "train")
+            opened(tmp_path, "train")
 
 
 def test_idx_compares_the_heads_before_it_reads(tmp_path: Path) -> None:
@@ -189,7 +194,7 @@ def test_idx_compares_the_heads_before_it_reads(tmp_path: Path) -> None:
 
     def refused() -> None:
         with pytest.raises(DataError, match=f"20 images, but train-labels.* has {count} labels"):
-            open_source(tmp_path, "train")
+            opened(tmp_path, "train")
 
     assert peak(refused) < 2**22
 
@@ -202,7 +207,7 @@ def test_a_label_of_a_shard_takes_no_memory(tmp_path: Path, label: bytes) -> Non
 
     def refused() -> None:
         with pytest.raises(DataError, match=r"train-0\.tar: 1: label \d+, expected less than 100000: .*classes\.txt"):
-            open_source(tmp_path, "train")
+            opened(tmp_path, "train")
 
     assert peak(refused) < 2**22
 
@@ -215,7 +220,7 @@ def test_a_shards_member_is_no_larger_than_its_archive(tmp_path: Path) -> None:
         member.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**40), "GNU.sparse.numblocks": "1"}
         archive.addfile(member)
     (tmp_path / "classes.txt").write_text("one\n")
-    source = open_source(tmp_path, "train")
+    source = opened(tmp_path, "train")
     with pytest.raises(DataError, match=rf"1\.png: {2**40} bytes in an archive of "):
         list(source.once(0))
 
@@ -224,10 +229,10 @@ def test_the_mark_of_utf8_is_no_part_of_a_class(tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     write_shard(tmp_path / "train-0.tar", {"0.png": encoded(picture(1)), "0.cls": b"0"})
     (tmp_path / "classes.txt").write_bytes("\ufeffant\r\nbee\r\n".encode())
-    assert open_source(tmp_path, "train").classes == ("ant", "bee")
+    assert opened(tmp_path, "train").classes == ("ant", "bee")
     (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(DataError, match=re.escape(str(tmp_path / "classes.txt")) + ": cannot be read: 'utf-8' codec"):
-        open_source(tmp_path, "train")
+        opened(tmp_path, "train")
 
 
 # Decoding
