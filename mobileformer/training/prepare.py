@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD
 from mobileformer.data.sources import some_images
 from mobileformer.data.transforms import EvaluationTransform, TrainTransform
 from mobileformer.model import Model
+from mobileformer.stem import adapt_numbers
 from mobileformer.training.recipe import Recipe
 from mobileformer.training.state import TrainingError
 from mobileformer.weights import load_weights, read_metadata
@@ -36,10 +38,15 @@ def make_model(source: Any, recipe: Recipe, weights: Path | None, *, use_fused: 
         if variant not in ("", found.variant):
             raise TrainingError(f"variant: the recipe says {variant}, {weights} holds {found.variant}")
         if found.in_chans != source.channels:
-            raise TrainingError(f"{weights}: takes {found.in_chans} channels, the data has {source.channels}")
+            warnings.warn(
+                f"{weights}: takes {found.in_chans} channels, the data has {source.channels}: the first convolution "
+                "is adapted",
+                stacklevel=2,
+            )
         variant = found.variant
         if found.mean and found.std and not recipe.mean:
-            recipe = dataclasses.replace(recipe, mean=list(found.mean), std=list(found.std))
+            mean, std = (adapt_numbers(values, source.channels) for values in (found.mean, found.std))
+            recipe = dataclasses.replace(recipe, mean=mean, std=std)
     if not variant:
         raise TrainingError("variant: the recipe leaves it to the initial weights, and there are none")
     torch.manual_seed(recipe.seed)
@@ -52,7 +59,7 @@ def make_model(source: Any, recipe: Recipe, weights: Path | None, *, use_fused: 
         drop_path_rate=recipe.drop_path,
     )
     if weights is not None:
-        load_weights(model, weights, allow_new_head=True)
+        load_weights(model, weights, allow_new_head=True, allow_new_channels=True)
     if recipe.freeze:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("head."))
