@@ -133,7 +133,7 @@ class Recorder:
             }
             rows = [rounded(row) for row in self.rows if row["device"] == device]
             with replacing(paths[-1]) as temporary:
-                temporary.write_text(_as_lines(header, rows), encoding="utf-8")
+                temporary.write_text(as_lines(header, rows), encoding="utf-8")
         return paths
 
 
@@ -215,7 +215,7 @@ def rate_at(rates: dict[int, float], moved: int) -> float:
     return float(np.interp(math.log(moved), [math.log(size) for size in sizes], [rates[size] for size in sizes]))
 
 
-def _as_lines(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def as_lines(header: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """JSON with a row a line, so that a new result can be read as a diff."""
     head = json.dumps(header, indent=1)[:-2]
     return f'{head},\n "rows": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]\n}\n"

@@ -5,6 +5,9 @@ Every message names the operator, the argument, what was expected and what came.
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,8 +17,31 @@ STRIDES = (1, 2)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def tensor(op: str, name: str, value: Any) -> None:
+    """A tensor, and no number, array or None."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(value).__name__}")
+
+
+def whole(op: str, name: str, value: Any) -> None:
+    """A whole number: True and 2.0 are none."""
+    if type(value) is int:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
+        raise TypeError(f"{op}: {name}: expected an integer, got {value!r:.80}")
+
+
+def epsilon(op: str, value: Any) -> None:
+    """What is added to a variance: a number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: eps: expected a number, got {value!r:.80}")
+    if not value >= 0:
+        raise ValueError(f"{op}: eps: expected at least 0, got {value!r}")
+
+
 def feature_map(op: str, x: Tensor) -> None:
     """x: floating point (B, C, H, W) with at least one channel and one position; B may be 0."""
+    tensor(op, "x", x)
     if x.dim() != 4:
         raise ValueError(f"{op}: x: expected (B, C, H, W), got {x.dim()} dimensions, shape {tuple(x.shape)}")
     if x.dtype not in FLOATS:
@@ -25,31 +51,43 @@ def feature_map(op: str, x: Tensor) -> None:
         raise ValueError(f"{op}: x: expected C, H and W of at least 1, got shape {tuple(x.shape)}")
 
 
-def companion(op: str, name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
-    """Another argument of the same call: the shape that x implies, x's dtype, x's device."""
-    if tensor.shape != shape:
+def _its(name: str) -> str:
+    return f"{name}'" if name.endswith("s") else f"{name}'s"
+
+
+def companion(
+    op: str, name: str, t: Tensor, x: Tensor, shape: tuple[int, ...], letters: str, *, of: str = "x", same: bool = True
+) -> None:
+    """Another argument of the same call: the shape that x implies, x's device, and its dtype if that is the `same`."""
+    tensor(op, name, t)
+    if t.shape != shape:
         raise ValueError(
-            f"{op}: {name}: expected {letters} = {shape} to go with x {tuple(x.shape)}, got {tuple(tensor.shape)}"
+            f"{op}: {name}: expected {letters} = {tuple(shape)} to go with {of} {tuple(x.shape)}, got {tuple(t.shape)}"
         )
-    if tensor.dtype != x.dtype:
-        raise TypeError(f"{op}: {name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{op}: {name}: expected x's device {x.device}, got {tensor.device}")
+    if same and t.dtype != x.dtype:
+        raise TypeError(f"{op}: {name}: expected {_its(of)} dtype {x.dtype}, got {t.dtype}")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name}: expected a floating point dtype, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name}: expected {_its(of)} device {x.device}, got {t.device}")
 
 
-def tokens(op: str, name: str, tensor: Tensor, x: Tensor, num_heads: int) -> None:
+def tokens(op: str, name: str, t: Tensor, x: Tensor, num_heads: int) -> None:
     """A token tensor (B, M, C) of x's batch and width, M of at least 1, C a multiple of the heads."""
     channels = x.shape[1]
+    whole(op, "num_heads", num_heads)
+    tensor(op, name, t)
     if num_heads < 1 or channels % num_heads != 0:
         raise ValueError(f"{op}: num_heads: expected a divisor of C = {channels}, got {num_heads}")
-    if tensor.dim() != 3 or tensor.shape[1] == 0:
-        raise ValueError(f"{op}: {name}: expected (B, M, C) with M of at least 1, got {tuple(tensor.shape)}")
-    companion(op, name, tensor, x, (x.shape[0], tensor.shape[1], channels), "(B, M, C)")
+    if t.dim() != 3 or t.shape[1] == 0:
+        raise ValueError(f"{op}: {name}: expected (B, M, C) with M of at least 1, got {tuple(t.shape)}")
+    companion(op, name, t, x, (x.shape[0], t.shape[1], channels), "(B, M, C)")
 
 
 def depthwise(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, activation: str) -> None:
     """weight (C*mult, 1, K, K) with K of 3 or 5, bias (C*mult), stride 1 or 2, a known activation."""
     channels = x.shape[1]
+    tensor(op, "weight", weight)
     if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"{op}: weight: expected (C*mult, 1, K, K), got {tuple(weight.shape)}")
     if weight.shape[2] not in KERNEL_SIDES:
@@ -60,16 +98,25 @@ def depthwise(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: i
     companion(op, "weight", weight, x, tuple(weight.shape), "(C*mult, 1, K, K)")
     if bias is not None:
         companion(op, "bias", bias, x, (outputs,), "(C*mult,)")
+    whole(op, "stride", stride)
     if stride not in STRIDES:
         raise ValueError(f"{op}: stride: expected one of {STRIDES}, got {stride}")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation: expected one of {ACTIVATIONS}, got {activation!r}")
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x lies; the meta device has none to ask for."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, every floating tensor in the autocast dtype (float64 is left alone); else untouched."""
     x = tensors[0]
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast to ask for
+    if not autocasts(x):
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )

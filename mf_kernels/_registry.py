@@ -12,12 +12,12 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
 
 import torch
 
 from mf_kernels import _native, _preference, _triton
+from mf_kernels.environment import constant_in_graphs, is_transformed, switch
 
 OPS = ("mobile_to_former", "former_to_mobile", "dynamic_relu", "depthwise_conv2d")
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -28,9 +28,6 @@ _DTYPES = {
     ("triton", "cpu"): (torch.float32, torch.float16, torch.bfloat16),
     ("triton", "cuda"): (torch.float32, torch.float16, torch.bfloat16),
 }
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class KernelFallbackWarning(UserWarning):
@@ -81,7 +78,10 @@ def route(op: str, device: str, dtype: torch.dtype, num_tokens: int = 1) -> str:
         too_many_tokens = True
     if torch.compiler.is_compiling():
         return _route_in_graph(op, _last_requested, device, dtype, too_many_tokens)
-    chosen, reasons, shared = _resolve(op, _requested.backend, device, dtype, too_many_tokens)
+    if is_transformed():
+        chosen, reasons, shared = _resolve_transformed(op, _requested.backend)
+    else:
+        chosen, reasons, shared = _resolve(op, _requested.backend, device, dtype, too_many_tokens)
     if chosen == "reference":
         _served[f"{op}:reference"] += 1
         if reasons:
@@ -89,14 +89,10 @@ def route(op: str, device: str, dtype: torch.dtype, num_tokens: int = 1) -> str:
     return chosen
 
 
-def _constant_in_graphs(function: _Function) -> _Function:
-    """`torch.compiler.assume_constant_result`, which would import the whole compiler, and Triton with it."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@_constant_in_graphs
+@constant_in_graphs
 def _route_in_graph(op: str, requested: str, device: str, dtype: torch.dtype, too_many_tokens: bool) -> str:
+    if is_transformed():
+        return _resolve_transformed(op, requested)[0]
     chosen, reasons, shared = _resolve(op, requested, device, dtype, too_many_tokens)
     if reasons:
         _fall_back(op, reasons, shared)
@@ -120,6 +116,16 @@ def _resolve(op: str, requested: str, device: str, dtype: torch.dtype, too_many_
     if requested != "auto":
         raise RuntimeError(f"{op}: backend {requested!r} was asked for and cannot serve this call: {told}")
     return "reference", told, told if device == "cpu" and _native.load("cpu") is not None else ""
+
+
+def _resolve_transformed(op: str, requested: str) -> tuple[str, str, str]:
+    """What `_resolve` says under a transform. With the reference only time is lost: `auto` takes it without a word."""
+    if requested in ("auto", "reference"):
+        return "reference", "", ""
+    raise RuntimeError(
+        f"{op}: backend {requested!r} was asked for and cannot serve this call: no fused kernel takes part in"
+        ' forward-mode differentiation or a transform of torch.func; "auto" and "reference" do'
+    )
 
 
 @functools.cache
@@ -146,10 +152,10 @@ def helper_missing(op: str, device: str) -> bool:
     A helper falls back without a warning: it has no fused form to miss, only a slower equal. Triton has none.
     """
     requested = _last_requested if torch.compiler.is_compiling() else _requested.backend
-    return requested in ("reference", "triton") or _helper_kernel_missing(op, device)
+    return requested in ("reference", "triton") or is_transformed() or _helper_kernel_missing(op, device)
 
 
-@_constant_in_graphs
+@constant_in_graphs
 def _helper_kernel_missing(op: str, device: str) -> bool:
     return _native.load(device) is not None
 
@@ -157,8 +163,8 @@ def _helper_kernel_missing(op: str, device: str) -> bool:
 def _fall_back(op: str, reasons: str, shared: str) -> None:
     """Say once per operator, or once for all where they share the reason, that the reference runs."""
     message = f"{op}: no fused kernel serves this call, the plain PyTorch reference does ({reasons})"
-    if os.environ.get("MF_KERNELS_STRICT") == "1":
-        raise RuntimeError(f"{message}; MF_KERNELS_STRICT=1 makes this an error")
+    if switch("MF_KERNELS_STRICT"):
+        raise RuntimeError(f"{message}; MF_KERNELS_STRICT={os.environ['MF_KERNELS_STRICT']} makes this an error")
     with _lock:
         first = (shared or op) not in _warned
         _warned.add(shared or op)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mf_kernels.environment import is_transformed
 from mobileformer.blocks import DownBlock, LiteBlock, SameBlock
 from mobileformer.config import MIN_SIZE, BlockConfig, VariantConfig, get_variant
 from mobileformer.layers import ConvNorm, MobileToFormer, channel_shuffle
@@ -208,13 +209,13 @@ class Model(nn.Module):
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,in_chans,H,W) -> map (B,stem,ceil(H/2),ceil(W/2)), tokens (B,M,D): what the first block gets."""
         self._check_input(x)
-        if self._use_fused:
+        if self._use_fused and not is_transformed():
             # Once, here: every operator and convolution after it keeps the layout of its input. Grouped
             # convolutions are several times slower in channels_last, so the variant that has them stays with
             # planes.
             planes = self.config.groups > 1
             x = x.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
-            if x.shape[1] == 1 and not planes:
+            if self.in_chans == 1 and not planes:
                 # One channel lies the same in both layouts, and its strides say planes: these say channels_last.
                 x = x.reshape(x.shape[0], x.shape[2], x.shape[3], 1).permute(0, 3, 1, 2)
         return self.stem(x), self.tokens.repeat(x.shape[0], 1, 1)

@@ -29,8 +29,9 @@ template <class F>
 void with_norm_activation(const std::string& name, const F& f) {
   if (name == "relu6") return f.template operator()<Activation::relu6>();
   if (name == "dynamic_relu") return f.template operator()<Activation::dynamic_relu>();
-  STD_TORCH_CHECK(name == "identity",
-                  "batch_norm_activation: activation: expected identity, relu6 or dynamic_relu, got ", name);
+  if (name != "identity") {
+    refuse("batch_norm_activation", "activation", "identity, relu6 or dynamic_relu, got ", name.substr(0, 40));
+  }
   return f.template operator()<Activation::identity>();
 }
 
@@ -38,7 +39,6 @@ void with_norm_activation(const std::string& name, const F& f) {
 template <class F>
 void with_norm_dtype(torch::headeronly::ScalarType dtype, const F& f) {
   if (dtype == torch::headeronly::ScalarType::Double) return f.template operator()<double>();
-  STD_TORCH_CHECK(dtype == torch::headeronly::ScalarType::Float, "batch_norm_activation: expected float32 or float64");
   return f.template operator()<float>();
 }
 
@@ -117,9 +117,24 @@ struct NormMemory {
   }
 };
 
-std::optional<Tensor> contiguous_theta(const std::optional<Tensor>& theta, const std::string& activation) {
-  STD_TORCH_CHECK(theta.has_value() == (activation == "dynamic_relu"),
-                  "batch_norm_activation: theta: expected with dynamic_relu, and only then");
+Arguments check(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                const std::optional<Tensor>& theta, const std::string& activation) {
+  const Arguments arguments(op, "x", x, cpu(), {ScalarType::Float, ScalarType::Double});
+  arguments.feature_map("x", x);
+  if (x.size(0) * x.size(2) * x.size(3) < 2) {
+    refuse(op, "x", "more than one value a channel, got ", shape_text(x.sizes()));
+  }
+  arguments.tensor("weight", weight, {x.size(1)});
+  arguments.tensor("bias", bias, {x.size(1)});
+  with_norm_activation(activation, []<Activation>() {});
+  if (theta.has_value() != (activation == "dynamic_relu")) {
+    refuse(op, "theta", "a tensor with dynamic_relu, and only then, got ", theta ? "one" : "none");
+  }
+  if (theta) arguments.tensor("theta", *theta, {x.size(0), 2 * x.size(1)});
+  return arguments;
+}
+
+std::optional<Tensor> contiguous_theta(const std::optional<Tensor>& theta) {
   return theta ? std::optional<Tensor>(as_contiguous(*theta)) : std::nullopt;
 }
 
@@ -127,11 +142,21 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_activation_fwd(Tensor x_in, Tensor
                                                              std::optional<Tensor> theta_in, Tensor running_mean,
                                                              Tensor running_variance, double momentum, double eps,
                                                              std::string activation) {
+  const Arguments arguments = check("batch_norm_activation_fwd", x_in, weight_in, bias_in, theta_in, activation);
+  const std::pair<const char*, const Tensor&> running[] = {{"running_mean", running_mean},
+                                                           {"running_variance", running_variance}};
+  for (const auto& [name, statistics] : running) {
+    arguments.tensor(name, statistics, {x_in.size(1)});
+    arguments.written(name, statistics);
+    arguments.apart(name, statistics, "x", x_in);
+    arguments.apart(name, statistics, "weight", weight_in);
+    arguments.apart(name, statistics, "bias", bias_in);
+    if (theta_in) arguments.apart(name, statistics, "theta", *theta_in);
+  }
+  arguments.apart("running_mean", running_mean, "running_variance", running_variance);
   const FeatureMap x = feature_map(x_in), y = new_map(x, x.channels, x.height, x.width);
   const Tensor weight = as_contiguous(weight_in), bias = as_contiguous(bias_in);  // (C)
-  const std::optional<Tensor> theta = contiguous_theta(theta_in, activation);     // (B, 2C)
-  STD_TORCH_CHECK(running_mean.is_contiguous() && running_variance.is_contiguous(),
-                  "batch_norm_activation: running statistics: expected contiguous");
+  const std::optional<Tensor> theta = contiguous_theta(theta_in);                 // (B, 2C)
   const int64_t B = x.batch, C = x.channels, L = x.positions();
   const Tensor mean = new_tensor({C}, x_in.scalar_type()), inverse_deviation = new_tensor({C}, x_in.scalar_type());
   count_served(Kernel::batch_norm_activation_fwd);
@@ -271,12 +296,17 @@ struct NormBackward {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_activation_bwd(Tensor d_out_in, Tensor x_in, Tensor weight_in,
                                                                      Tensor bias_in, std::optional<Tensor> theta_in,
-                                                                     Tensor mean, Tensor inverse_deviation,
+                                                                     Tensor mean_in, Tensor inverse_deviation_in,
                                                                      std::string activation) {
+  const Arguments arguments = check("batch_norm_activation_bwd", x_in, weight_in, bias_in, theta_in, activation);
+  arguments.tensor("d_y", d_out_in, {x_in.size(0), x_in.size(1), x_in.size(2), x_in.size(3)});
+  arguments.tensor("mean", mean_in, {x_in.size(1)});
+  arguments.tensor("inverse_deviation", inverse_deviation_in, {x_in.size(1)});
   const FeatureMap x = feature_map(x_in), d_out = feature_map_as(d_out_in, x.channels_last);
   const FeatureMap d_x = new_map(x, x.channels, x.height, x.width);
-  const Tensor weight = as_contiguous(weight_in), bias = as_contiguous(bias_in);  // (C)
-  const std::optional<Tensor> theta = contiguous_theta(theta_in, activation);     // (B, 2C)
+  const Tensor weight = as_contiguous(weight_in), bias = as_contiguous(bias_in);                        // (C)
+  const std::optional<Tensor> theta = contiguous_theta(theta_in);                                       // (B, 2C)
+  const Tensor mean = as_contiguous(mean_in), inverse_deviation = as_contiguous(inverse_deviation_in);  // (C)
   const int64_t B = x.batch, C = x.channels;
   const Tensor d_weight = new_tensor({C}, x_in.scalar_type()), d_bias = new_tensor({C}, x_in.scalar_type());
   const Tensor d_theta = new_tensor({theta ? B : 0, 2 * C}, x_in.scalar_type());

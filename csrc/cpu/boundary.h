@@ -1,7 +1,7 @@
 // Between the dispatcher's tensors and the CPU kernels' pointers: dtypes, allocation, scratch memory.
 #pragma once
 
-#include "common/feature_map.h"
+#include "common/check.h"
 
 #include <cstdint>
 #include <cstdlib>
@@ -72,6 +72,13 @@ inline torch::headeronly::ScalarType accumulator_dtype(const Tensor& t) {
 }
 
 inline Place cpu() { return {aoti_torch_device_type_cpu(), 0}; }
+
+// The arguments of an operator whose first one is a feature map; checks that one
+inline Arguments check_map(const char* op, const char* name, const Tensor& x) {
+  const Arguments arguments(op, name, x, cpu(), {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16});
+  arguments.feature_map(name, x);
+  return arguments;
+}
 
 inline FeatureMap new_map(const FeatureMap& like, int64_t channels, int64_t height, int64_t width) {
   return new_map(like, channels, height, width, cpu());

@@ -152,8 +152,11 @@ void depthwise_conv2d_blocks(int64_t& blocks, const DepthwiseShape& shape) {
 namespace mf {
 namespace {
 
-Tensor forward(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
-               const std::optional<Tensor>& theta_in, int64_t stride, Activation activation) {
+Tensor forward(const Arguments& arguments, const Tensor& x_in, const Tensor& weight_in,
+               const std::optional<Tensor>& bias_in, const std::optional<Tensor>& theta_in, int64_t stride,
+               Activation activation) {
+  arguments.depthwise(x_in, weight_in, bias_in, stride);
+  if (theta_in) arguments.tensor("theta", *theta_in, {x_in.size(0), 2 * weight_in.size(0)});
   const FeatureMap x = feature_map(x_in);
   const Tensor weight = as_contiguous(weight_in);                     // (O, 1, K, K)
   const Tensor bias = bias_in ? as_contiguous(*bias_in) : weight;     // (O), else not read
@@ -186,13 +189,16 @@ Tensor forward(const Tensor& x_in, const Tensor& weight_in, const std::optional<
 
 Tensor depthwise_conv2d_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t stride,
                             std::string activation) {
+  const Arguments arguments = check_map("depthwise_conv2d_fwd", "x", x);
+  const Activation wanted = activation_of(activation);
   count_served(Kernel::depthwise_conv2d_fwd);
-  return forward(x, weight, bias, std::nullopt, stride, activation_of(activation));
+  return forward(arguments, x, weight, bias, std::nullopt, stride, wanted);
 }
 
 Tensor depthwise_dynamic_relu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor theta, int64_t stride) {
+  const Arguments arguments = check_map("depthwise_dynamic_relu", "x", x);
   count_served(Kernel::depthwise_dynamic_relu);
-  return forward(x, weight, bias, theta, stride, Activation::dynamic_relu);
+  return forward(arguments, x, weight, bias, theta, stride, Activation::dynamic_relu);
 }
 
 }  // namespace

@@ -225,6 +225,10 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_in, Tensor weight_in,
                                                         std::optional<Tensor> bias_in, int64_t stride,
                                                         std::string name) {
+  const Arguments arguments = check_map("depthwise_conv2d_bwd", "x", x_in);
+  arguments.depthwise(x_in, weight_in, bias_in, stride);
+  arguments.tensor("d_y", d_y_in,
+                   {x_in.size(0), weight_in.size(0), ceil_div(x_in.size(2), stride), ceil_div(x_in.size(3), stride)});
   const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
   const Tensor weight = as_contiguous(weight_in);                  // (O, 1, K, K)
   const Tensor bias = bias_in ? as_contiguous(*bias_in) : weight;  // (O), else not read

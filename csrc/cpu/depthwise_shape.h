@@ -40,8 +40,9 @@ struct DepthwiseShape {
 inline Activation activation_of(const std::string& name) {
   if (name == "hardswish") return Activation::hardswish;
   if (name == "relu6") return Activation::relu6;
-  STD_TORCH_CHECK(name == "identity", "depthwise_conv2d: activation: expected hardswish, relu6 or identity, got ",
-                  name);
+  if (name != "identity") {
+    refuse("depthwise_conv2d", "activation", "hardswish, relu6 or identity, got ", name.substr(0, 40));
+  }
   return Activation::identity;
 }
 

@@ -173,19 +173,31 @@ void dynamic_relu_into(const FeatureMap& y, const FeatureMap& x, const Tensor& t
   });
 }
 
+Arguments check(const char* op, const Tensor& x, const Tensor& theta) {
+  const Arguments arguments = check_map(op, "x", x);
+  arguments.tensor("theta", theta, {x.size(0), 2 * x.size(1)});
+  return arguments;
+}
+
 Tensor dynamic_relu_fwd(Tensor x_in, Tensor theta) {
+  check("dynamic_relu_fwd", x_in, theta);
   const FeatureMap x = feature_map(x_in), y = new_map(x, x.channels, x.height, x.width);
   dynamic_relu_into(y, x, as_contiguous(theta));
   return y.tensor;
 }
 
-// x = dynamic_relu(x): x is contiguous or channels_last, the public function sees to it
+// x = dynamic_relu(x)
 void dynamic_relu_in_place(Tensor x_in, Tensor theta) {
+  const Arguments arguments = check("dynamic_relu_", x_in, theta);
+  arguments.written("x", x_in);
+  arguments.apart("x", x_in, "theta", theta);
   const FeatureMap x = feature_map(x_in);
   dynamic_relu_into(x, x, as_contiguous(theta));
 }
 
 std::tuple<Tensor, Tensor> dynamic_relu_bwd(Tensor d_y_in, Tensor x_in, Tensor theta_in) {
+  const Arguments arguments = check("dynamic_relu_bwd", x_in, theta_in);
+  arguments.tensor("d_y", d_y_in, {x_in.size(0), x_in.size(1), x_in.size(2), x_in.size(3)});
   const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
   const Tensor theta = as_contiguous(theta_in);  // (B, 2C)
   const FeatureMap d_x = new_map(x, x.channels, x.height, x.width);

@@ -31,6 +31,15 @@ namespace {
 
 std::tuple<Tensor, Tensor> fold_batch_norm(Tensor weight_in, Tensor norm_weight_in, Tensor norm_bias_in, Tensor mean_in,
                                            Tensor variance_in, double eps) {
+  const Arguments arguments("fold_batch_norm", "weight", weight_in, cpu(), {ScalarType::Float, ScalarType::Double});
+  arguments.rank("weight", weight_in, 4, "(O, I, K, K)");
+  const int64_t outputs = weight_in.size(0);
+  arguments.size("weight", {outputs, weight_in.size(1), weight_in.size(2), weight_in.size(3)});
+  arguments.tensor("weight", weight_in, {outputs, weight_in.size(1), weight_in.size(2), weight_in.size(3)});
+  arguments.tensor("norm_weight", norm_weight_in, {outputs});
+  arguments.tensor("norm_bias", norm_bias_in, {outputs});
+  arguments.tensor("mean", mean_in, {outputs});
+  arguments.tensor("variance", variance_in, {outputs});
   const Tensor weight = as_contiguous(weight_in);  // (O, I, K, K), the others (O)
   const Tensor norm_weight = as_contiguous(norm_weight_in), norm_bias = as_contiguous(norm_bias_in);
   const Tensor mean = as_contiguous(mean_in), variance = as_contiguous(variance_in);
@@ -38,20 +47,17 @@ std::tuple<Tensor, Tensor> fold_batch_norm(Tensor weight_in, Tensor norm_weight_
   const Tensor folded = new_tensor({O, weight.size(1), weight.size(2), weight.size(3)}, weight.scalar_type());
   const Tensor bias = new_tensor({O}, weight.scalar_type());
   count_served(Kernel::fold_batch_norm);
-  with_dtype(weight.scalar_type(), [&]<class T>() {
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      STD_TORCH_CHECK(false, "fold_batch_norm: expected float32 or float64");
-    } else {
-      const T *gamma = data<T>(norm_weight), *beta = data<T>(norm_bias), *mu = data<T>(mean), *var = data<T>(variance);
-      T* bias_data = mutable_data<T>(bias);
-      Scratch<T> scale(O);
-      for (int64_t o = 0; o < O; ++o) {
-        scale[o] = gamma[o] / std::sqrt(var[o] + T(eps));
-        bias_data[o] = beta[o] - mu[o] * scale[o];
-      }
-      MF_CALL(scale_filters<T>(mutable_data<T>(folded), data<T>(weight), scale, O, J));
+  const auto fold = [&]<class T>() {
+    const T *gamma = data<T>(norm_weight), *beta = data<T>(norm_bias), *mu = data<T>(mean), *var = data<T>(variance);
+    T* bias_data = mutable_data<T>(bias);
+    Scratch<T> scale(O);
+    for (int64_t o = 0; o < O; ++o) {
+      scale[o] = gamma[o] / std::sqrt(var[o] + T(eps));
+      bias_data[o] = beta[o] - mu[o] * scale[o];
     }
-  });
+    MF_CALL(scale_filters<T>(mutable_data<T>(folded), data<T>(weight), scale, O, J));
+  };
+  weight.scalar_type() == ScalarType::Double ? fold.template operator()<double>() : fold.template operator()<float>();
   return {folded, bias};
 }
 

@@ -134,20 +134,34 @@ void former_to_mobile_into(const FeatureMap& y, const FeatureMap& x, const Tenso
   });
 }
 
+Arguments check(const char* op, const Tensor& x, const Tensor& k, const Tensor& v, int64_t num_heads) {
+  const Arguments arguments = check_map(op, "x", x);
+  arguments.tokens("k", k, x, num_heads);
+  arguments.tensor("v", v, {k.size(0), k.size(1), k.size(2)});
+  return arguments;
+}
+
 Tensor former_to_mobile_fwd(Tensor x_in, Tensor k, Tensor v, int64_t num_heads) {
+  check("former_to_mobile_fwd", x_in, k, v, num_heads);
   const FeatureMap x = feature_map(x_in), y = new_map(x, x.channels, x.height, x.width);
   former_to_mobile_into(y, x, as_contiguous(k), as_contiguous(v), num_heads);
   return y.tensor;
 }
 
-// x = former_to_mobile(x, k, v): x is contiguous or channels_last, the public function sees to it
+// x = former_to_mobile(x, k, v)
 void former_to_mobile_in_place(Tensor x_in, Tensor k, Tensor v, int64_t num_heads) {
+  const Arguments arguments = check("former_to_mobile_", x_in, k, v, num_heads);
+  arguments.written("x", x_in);
+  arguments.apart("x", x_in, "k", k);
+  arguments.apart("x", x_in, "v", v);
   const FeatureMap x = feature_map(x_in);
   former_to_mobile_into(x, x, as_contiguous(k), as_contiguous(v), num_heads);
 }
 
 std::tuple<Tensor, Tensor, Tensor> former_to_mobile_bwd(Tensor d_y_in, Tensor x_in, Tensor k_in, Tensor v_in,
                                                         int64_t num_heads) {
+  const Arguments arguments = check("former_to_mobile_bwd", x_in, k_in, v_in, num_heads);
+  arguments.tensor("d_y", d_y_in, {x_in.size(0), x_in.size(1), x_in.size(2), x_in.size(3)});
   const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
   const Tensor k = as_contiguous(k_in), v = as_contiguous(v_in);  // (B, M, C)
   const AttentionProblem p(x, k, num_heads);

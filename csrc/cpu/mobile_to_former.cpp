@@ -138,6 +138,7 @@ int64_t task_memory(const AttentionProblem& p) {
 }
 
 std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_t num_heads) {
+  check_map("mobile_to_former_fwd", "x", x_in).tokens("q", q_in, x_in, num_heads);
   const FeatureMap x = feature_map(x_in);
   const Tensor q = as_contiguous(q_in);  // (B, M, C)
   const AttentionProblem p(x, q, num_heads);
@@ -186,10 +187,17 @@ std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_
   return {out, statistics};
 }
 
-std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Tensor q_in, Tensor out,
-                                                Tensor statistics, int64_t num_heads) {
+std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Tensor q_in, Tensor out_in,
+                                                Tensor statistics_in, int64_t num_heads) {
+  const Arguments arguments = check_map("mobile_to_former_bwd", "x", x_in);
+  arguments.tokens("q", q_in, x_in, num_heads);
+  arguments.tensor("d_out", d_out_in, {q_in.size(0), q_in.size(1), q_in.size(2)});
+  arguments.tensor("out", out_in, {q_in.size(0), q_in.size(1), q_in.size(2)});
+  arguments.tensor("statistics", statistics_in, {q_in.size(0), num_heads, q_in.size(1), 2}, accumulator_dtype(q_in));
   const FeatureMap x = feature_map(x_in);
-  const Tensor q = as_contiguous(q_in), d_out = as_contiguous(d_out_in);  // (B, M, C)
+  // (B, M, C); what was saved comes back in any layout
+  const Tensor q = as_contiguous(q_in), d_out = as_contiguous(d_out_in), out = as_contiguous(out_in);
+  const Tensor statistics = as_contiguous(statistics_in);  // (B, N, M, 2)
   const AttentionProblem p(x, q, num_heads);
   const FeatureMap d_x = new_map(x, x.channels, x.height, x.width);
   const Tensor d_q = new_tensor({p.B, p.M, p.C}, q.scalar_type());

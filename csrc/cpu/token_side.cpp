@@ -165,9 +165,24 @@ void linear(float* y, const float* x, const LinearLayer& layer, int64_t R) {
 
 std::vector<Tensor> token_side(Tensor tokens_in, Tensor gathered_in, std::vector<Tensor> parameters_in,
                                int64_t num_heads, double eps) {
+  const Arguments arguments("token_side", "tokens", tokens_in, cpu(), {ScalarType::Float});
+  arguments.rank("tokens", tokens_in, 3, "(B, M, D)");
+  arguments.rank("gathered", gathered_in, 3, "(B, M, C)");
+  const int64_t batch = tokens_in.size(0), count = tokens_in.size(1), width = tokens_in.size(2);
+  const int64_t channels = std::max<int64_t>(gathered_in.size(2), 1);
+  if (count < 1 || count > MOST_TOKENS) {
+    refuse("token_side", "tokens", "(B, M, D) with M from 1 to ", MOST_TOKENS, ", got ", shape_text(tokens_in.sizes()));
+  }
+  if (num_heads < 1 || num_heads > width || width % 16 != 0 || width / 16 % num_heads != 0) {
+    refuse("token_side", "num_heads", "a divisor of D / 16 for D = ", width, ", got ", num_heads);
+  }
+  arguments.size("tokens", {batch, count, width});
+  arguments.size("gathered", {batch, count, channels});
+  arguments.tensor("tokens", tokens_in, {batch, count, width});
+  arguments.tensor("gathered", gathered_in, {batch, count, channels});
   const Tensor tokens = as_contiguous(tokens_in), gathered_map = as_contiguous(gathered_in);  // (B, M, D), (B, M, C)
   const int64_t B = tokens.size(0), M = tokens.size(1), D = tokens.size(2), R = B * M, C = gathered_map.size(2);
-  const TokenSideParameters p(parameters_in, D, C, float(eps));
+  const TokenSideParameters p(std::move(parameters_in), arguments, D, C, float(eps));
   count_served(Kernel::token_side);
   const auto dtype = tokens.scalar_type();
   const Tensor updated = new_tensor({B, M, D}, dtype);

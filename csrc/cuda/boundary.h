@@ -1,7 +1,7 @@
 // Between the dispatcher's tensors and the CUDA kernels' pointers: device, stream, dtypes, scratch memory, launch checks.
 #pragma once
 
-#include "common/feature_map.h"
+#include "common/check.h"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
@@ -16,6 +16,14 @@
 #include "cuda/report.h"
 
 namespace mf {
+
+// The arguments of an operator whose first one is a feature map; checks that one
+inline Arguments check_map(const char* op, const char* name, const Tensor& x) {
+  const Arguments arguments(op, name, x, {aoti_torch_device_type_cuda(), 0},
+                            {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
+  arguments.feature_map(name, x);
+  return arguments;
+}
 
 // One call on the device of `x`, on torch's current stream. Nothing here waits for the device and all memory is torch's,
 // so a call can be captured in a CUDA graph.

@@ -11,27 +11,26 @@ namespace {
 Activation activation_of(const std::string& name) {
   if (name == "hardswish") return Activation::hardswish;
   if (name == "relu6") return Activation::relu6;
-  STD_TORCH_CHECK(name == "identity", "depthwise_conv2d: activation: expected hardswish, relu6 or identity, got ",
-                  name);
+  if (name != "identity") {
+    refuse("depthwise_conv2d", "activation", "hardswish, relu6 or identity, got ", name.substr(0, 40));
+  }
   return Activation::identity;
 }
 
 DepthwiseShape shape_of(const FeatureMap& x, const Tensor& weight, int64_t stride) {  // weight (O, 1, K, K)
-  STD_TORCH_CHECK((weight.size(2) == 3 || weight.size(2) == 5) && (stride == 1 || stride == 2),
-                  "depthwise_conv2d: expected filters of 3 x 3 or 5 x 5 and a stride of 1 or 2, got ", weight.size(2),
-                  " and ", stride);
   return depthwise_shape(x.batch, x.channels, x.height, x.width, weight.size(0), weight.size(2), stride,
                          x.channels_last);
 }
 
 Tensor depthwise_conv2d_fwd(Tensor x_in, Tensor weight_in, std::optional<Tensor> bias_in, int64_t stride,
                             std::string name) {
+  check_map("depthwise_conv2d_fwd", "x", x_in).depthwise(x_in, weight_in, bias_in, stride);
+  const Activation activation = activation_of(name);
   const DeviceCall call(Kernel::depthwise_conv2d_fwd, x_in);
   const FeatureMap x = feature_map(x_in);
   const Tensor weight = as_contiguous(weight_in);                  // (O, 1, K, K)
   const Tensor bias = bias_in ? as_contiguous(*bias_in) : weight;  // (O), else not read
   const DepthwiseShape s = shape_of(x, weight, stride);
-  const Activation activation = activation_of(name);
   const FeatureMap y = call.new_map(x, s.O, s.OH, s.OW);
   with_dtype(x_in.scalar_type(), [&]<class T>() {
     launch_depthwise_conv2d<T>(mutable_data<T>(y.tensor), data<T>(x.tensor), data<T>(weight),
@@ -44,12 +43,16 @@ Tensor depthwise_conv2d_fwd(Tensor x_in, Tensor weight_in, std::optional<Tensor>
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_in, Tensor weight_in,
                                                         std::optional<Tensor> bias_in, int64_t stride,
                                                         std::string name) {
+  const Arguments arguments = check_map("depthwise_conv2d_bwd", "x", x_in);
+  arguments.depthwise(x_in, weight_in, bias_in, stride);
+  arguments.tensor("d_y", d_y_in,
+                   {x_in.size(0), weight_in.size(0), ceil_div(x_in.size(2), stride), ceil_div(x_in.size(3), stride)});
+  const Activation activation = activation_of(name);
   const DeviceCall call(Kernel::depthwise_conv2d_bwd, x_in);
   const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
   const Tensor weight = as_contiguous(weight_in);                  // (O, 1, K, K)
   const Tensor bias = bias_in ? as_contiguous(*bias_in) : weight;  // (O), else not read
   const DepthwiseShape s = shape_of(x, weight, stride);
-  const Activation activation = activation_of(name);
   const FeatureMap d_x = call.new_map(x, s.C, s.H, s.W);
   const Tensor d_weight = call.new_tensor({s.O, 1, s.K, s.K}, weight.scalar_type());
   const Tensor d_bias = call.new_tensor({s.O}, weight.scalar_type());

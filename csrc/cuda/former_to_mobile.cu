@@ -5,12 +5,19 @@
 namespace mf {
 namespace {
 
+Arguments check(const char* op, const Tensor& x, const Tensor& k, const Tensor& v, int64_t num_heads) {
+  const Arguments arguments = check_map(op, "x", x);
+  arguments.tokens("k", k, x, num_heads);
+  arguments.tensor("v", v, {k.size(0), k.size(1), k.size(2)});
+  return arguments;
+}
+
 AttentionShape shape_of(const FeatureMap& x, const Tensor& tokens, int64_t num_heads) {  // tokens (B, M, C)
-  STD_TORCH_CHECK(tokens.size(1) <= MAX_TOKENS, "former_to_mobile: expected at most 8 tokens, got ", tokens.size(1));
   return attention_shape(x.batch, x.channels, x.positions(), tokens.size(1), num_heads, x.channels_last);
 }
 
 Tensor former_to_mobile_fwd(Tensor x_in, Tensor k_in, Tensor v_in, int64_t num_heads) {
+  check("former_to_mobile_fwd", x_in, k_in, v_in, num_heads);
   const DeviceCall call(Kernel::former_to_mobile_fwd, x_in);
   const FeatureMap x = feature_map(x_in), y = call.new_map(x, x.channels, x.height, x.width);
   const Tensor k = as_contiguous(k_in), v = as_contiguous(v_in);  // (B, M, C)
@@ -25,6 +32,8 @@ Tensor former_to_mobile_fwd(Tensor x_in, Tensor k_in, Tensor v_in, int64_t num_h
 
 std::tuple<Tensor, Tensor, Tensor> former_to_mobile_bwd(Tensor d_y_in, Tensor x_in, Tensor k_in, Tensor v_in,
                                                         int64_t num_heads) {
+  const Arguments arguments = check("former_to_mobile_bwd", x_in, k_in, v_in, num_heads);
+  arguments.tensor("d_y", d_y_in, {x_in.size(0), x_in.size(1), x_in.size(2), x_in.size(3)});
   const DeviceCall call(Kernel::former_to_mobile_bwd, x_in);
   const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
   const FeatureMap d_x = call.new_map(x, x.channels, x.height, x.width);

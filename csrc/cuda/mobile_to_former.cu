@@ -6,11 +6,11 @@ namespace mf {
 namespace {
 
 AttentionShape shape_of(const FeatureMap& x, const Tensor& q, int64_t num_heads) {  // q (B, M, C)
-  STD_TORCH_CHECK(q.size(1) <= MAX_TOKENS, "mobile_to_former: expected at most 8 tokens, got ", q.size(1));
   return attention_shape(x.batch, x.channels, x.positions(), q.size(1), num_heads, x.channels_last);
 }
 
 std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_t num_heads) {
+  check_map("mobile_to_former_fwd", "x", x_in).tokens("q", q_in, x_in, num_heads);
   const DeviceCall call(Kernel::mobile_to_former_fwd, x_in);
   const FeatureMap x = feature_map(x_in);
   const Tensor q = as_contiguous(q_in);  // (B, M, C)
@@ -27,6 +27,11 @@ std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_
 
 std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Tensor q_in, Tensor out_in,
                                                 Tensor log_sum_exp_in, int64_t num_heads) {
+  const Arguments arguments = check_map("mobile_to_former_bwd", "x", x_in);
+  arguments.tokens("q", q_in, x_in, num_heads);
+  arguments.tensor("d_out", d_out_in, {q_in.size(0), q_in.size(1), q_in.size(2)});
+  arguments.tensor("out", out_in, {q_in.size(0), q_in.size(1), q_in.size(2)});
+  arguments.tensor("statistics", log_sum_exp_in, {q_in.size(0), num_heads, q_in.size(1)}, ScalarType::Float);
   const DeviceCall call(Kernel::mobile_to_former_bwd, x_in);
   const FeatureMap x = feature_map(x_in), d_x = call.new_map(x, x.channels, x.height, x.width);
   const Tensor q = as_contiguous(q_in), d_out = as_contiguous(d_out_in), out = as_contiguous(out_in);  // (B, M, C)

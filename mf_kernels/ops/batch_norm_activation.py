@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mf_kernels.ops.dynamic_relu import dynamic_relu
 
 NAME = "batch_norm_activation"
 ACTIVATIONS = ("identity", "relu6")
+VECTORS = ("weight", "bias", "running_mean", "running_variance")
 
 
 def batch_norm_activation(
@@ -50,24 +52,31 @@ def batch_norm_activation(
     keeps no normalized map for backward; elsewhere, under autocast and under `torch.compile` (which joins them
     itself) it is the operators in turn. Differentiable once in x, weight, bias and theta.
 
-    Raises ValueError (shape, activation, one value a channel), or what `torch.nn.functional.batch_norm` raises.
+    Raises ValueError (shape, device, activation, eps, one value a channel) or TypeError (dtype), naming the argument,
+    before anything is written.
     Source: Batch Normalization, ICML 2015; the activations as in Mobile-Former, CVPR 2022.
     """
     _checks.feature_map(NAME, x)
-    if activation not in ACTIVATIONS or (theta is not None and activation != "identity"):
+    known = isinstance(activation, str) and activation in ACTIVATIONS
+    if not known or (theta is not None and activation != "identity"):
         raise ValueError(
             f"{NAME}: activation: expected identity with theta, else one of {ACTIVATIONS}, got {activation!r}"
         )
     vectors = (weight, bias, running_mean, running_variance)
+    for name, vector in zip(VECTORS, vectors, strict=True):
+        _checks.companion(NAME, name, vector, x, (x.shape[1],), "(C,)", same=False)
+    if theta is not None:  # before the running statistics are written to
+        same = not _checks.autocasts(x)
+        _checks.companion(NAME, "theta", theta, x, (x.shape[0], 2 * x.shape[1]), "(B, 2C)", same=same)
+    _checks.epsilon(NAME, eps)
+    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
+        raise TypeError(f"{NAME}: momentum: expected a number, got {momentum!r:.80}")
     if not _serves(x, vectors):
         y = F.batch_norm(x, running_mean, running_variance, weight, bias, True, momentum, eps)
         if theta is not None:
             return dynamic_relu(y, theta)
         return F.relu6(y) if activation == "relu6" else y
-    for name, vector in zip(("weight", "bias", "running_mean", "running_variance"), vectors, strict=True):
-        _checks.companion(NAME, name, vector, x, (x.shape[1],), "(C,)")
     if theta is not None:
-        _checks.companion(NAME, "theta", theta, x, (x.shape[0], 2 * x.shape[1]), "(B, 2C)")
         activation = "dynamic_relu"
     arguments = (x, weight, bias, theta, running_mean, running_variance, momentum, eps, activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):

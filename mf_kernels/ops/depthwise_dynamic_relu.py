@@ -27,16 +27,20 @@ def depthwise_dynamic_relu(x: Tensor, weight: Tensor, bias: Tensor | None, theta
     ========  ============================================  ====================================================
 
     One kernel on CPU when no gradient is needed, else the two operators in turn; differentiable through them.
-    Raises what they raise. Source: as theirs; with running statistics folded into weight and bias this is the
-    convolution, BatchNorm and activation of Mobile-Former's blocks.
+    Raises ValueError (shape, device, stride) or TypeError (dtype), naming the argument. Source: as theirs; with running
+    statistics folded into weight and bias this is the convolution, BatchNorm and activation of Mobile-Former's blocks.
     """
-    fits = x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    if not fits or _registry.helper_missing(NAME, "cpu") or x.dtype == torch.float16:
-        y = depthwise_conv2d(x, weight, bias, stride=stride, activation="identity")
-        return dynamic_relu(y, theta)
     _checks.feature_map(NAME, x)
+    fits = x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    fits = fits and x.dtype != torch.float16 and not _registry.helper_missing(NAME, "cpu")
+    if not fits:
+        x, weight, theta = _checks.autocast(x, weight, theta)
+        bias = None if bias is None else _checks.autocast(x, bias)[1]
     _checks.depthwise(NAME, x, weight, bias, stride, "identity")
     _checks.companion(NAME, "theta", theta, x, (x.shape[0], 2 * weight.shape[0]), "(B, 2*C*mult)")
+    if not fits:
+        y = depthwise_conv2d(x, weight, bias, stride=stride, activation="identity")
+        return dynamic_relu(y, theta)
     return _FORWARD["native"](x, weight, bias, theta, stride)
 
 

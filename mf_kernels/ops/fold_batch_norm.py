@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mf_kernels import _registry
+from mf_kernels import _checks, _registry
 from mf_kernels.ops import _library
 
 NAME = "fold_batch_norm"
+VECTORS = ("norm_weight", "norm_bias", "mean", "variance")
 
 
 def fold_batch_norm(
@@ -28,7 +29,18 @@ def fold_batch_norm(
     =================  ======================  ===============================================================
 
     Differentiable in everything: with gradients it is these equations in PyTorch, else one kernel on CPU.
+
+    Raises ValueError (shape, device, eps) or TypeError (dtype), naming the argument.
     """
+    _checks.tensor(NAME, "weight", weight)
+    if weight.dim() != 4:
+        raise ValueError(f"{NAME}: weight: expected (O, I, K, K), got shape {tuple(weight.shape)}")
+    if weight.dtype not in _checks.FLOATS:
+        raise TypeError(f"{NAME}: weight: expected a floating point dtype, got {weight.dtype}")
+    shape = weight.shape[:1]
+    for name, vector in zip(VECTORS, (norm_weight, norm_bias, mean, variance), strict=True):
+        _checks.companion(NAME, name, vector, weight, shape, "(O,)", of="weight", same=False)
+    _checks.epsilon(NAME, eps)
     if (
         torch.is_grad_enabled()
         or weight.device.type != "cpu"

@@ -45,8 +45,11 @@ def token_side(
     One call in place of some 45, and every weight read once as it lies: for the few rows of a small batch, packing
     a weight costs more than multiplying by it. Serves B*M up to 64, D a multiple of 16 * `num_heads`, no gradient;
     everything else is these equations in PyTorch, differentiable.
+
+    Raises ValueError (shape, device, heads, eps, how many parameters) or TypeError (dtype), naming the argument.
     Source: Mobile-Former, CVPR 2022, section 3.2 and figure 3, with the published code's gate and projections.
     """
+    _check(tokens, gathered, parameters, num_heads, eps)
     batch, num_tokens, width = tokens.shape
     fits = (
         not torch.is_grad_enabled()
@@ -59,11 +62,55 @@ def token_side(
         and width % (16 * num_heads) == 0
     )
     if not fits or _registry.helper_missing(NAME, "cpu"):
+        _check_parameters(tokens, gathered, parameters)
         return _token_side_in_pytorch(tokens, gathered, parameters, num_heads, eps)
+    try:
+        return _FORWARD["native"](tokens, gathered, parameters, num_heads, eps)
+    except RuntimeError:  # the kernel checks the same, at a tenth of the time; this has the words and the type
+        _check_parameters(tokens, gathered, parameters)
+        raise
+
+
+def _check(tokens: Tensor, gathered: Tensor, parameters: Sequence[Tensor], num_heads: int, eps: float) -> None:
+    _checks.tensor(NAME, "tokens", tokens)
+    if tokens.dim() != 3 or tokens.shape[1] == 0 or tokens.shape[2] == 0:
+        raise ValueError(f"{NAME}: tokens: expected (B, M, D), M and D of at least 1, got {tuple(tokens.shape)}")
+    if tokens.dtype not in _checks.FLOATS:
+        raise TypeError(f"{NAME}: tokens: expected a floating point dtype, got {tokens.dtype}")
+    _checks.whole(NAME, "num_heads", num_heads)
+    if num_heads < 1 or tokens.shape[2] % num_heads != 0:
+        raise ValueError(f"{NAME}: num_heads: expected a divisor of D = {tokens.shape[2]}, got {num_heads}")
+    _checks.epsilon(NAME, eps)
+    _checks.tensor(NAME, "gathered", gathered)
+    if gathered.dim() != 3 or gathered.shape[:2] != tokens.shape[:2] or gathered.shape[2] == 0:
+        raise ValueError(
+            f"{NAME}: gathered: expected (B, M, C) to go with tokens {tuple(tokens.shape)}, got {tuple(gathered.shape)}"
+        )
+    if not isinstance(parameters, Sequence) or not all(isinstance(parameter, Tensor) for parameter in parameters):
+        raise TypeError(f"{NAME}: parameters: expected a sequence of tensors, got {type(parameters).__name__}")
     if len(parameters) < 2 * LAYERS_BEFORE_SLOPES or len(parameters) % 4 != 2:
         raise ValueError(f"{NAME}: parameters: expected 22 tensors and 4 for each dynamic ReLU, got {len(parameters)}")
-    _checks.companion(NAME, "gathered", gathered, tokens, (batch, num_tokens, parameters[0].shape[0]), "(B, M, C)")
-    return _FORWARD["native"](tokens, gathered, parameters, num_heads, eps)
+
+
+def _check_parameters(tokens: Tensor, gathered: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Every tensor's shape and device; its dtype, unless autocast sees to that."""
+    width, channels = tokens.shape[2], gathered.shape[2]
+
+    def outputs(place: int) -> int:  # as many as the weight has
+        weight = parameters[place]
+        return weight.shape[0] if weight.dim() == 2 and weight.shape[0] > 0 else 1
+
+    weights: list[tuple[int, ...]] = [(channels, width), (width, channels), (width,), (width, width), (width, width)]
+    weights += [(width,), (2 * width, width), (width, 2 * width), (width,), (outputs(18), width), (outputs(18), width)]
+    for place in range(2 * LAYERS_BEFORE_SLOPES, len(parameters), 4):
+        weights += [(width // 4, width), (outputs(place + 2), width // 4)]
+    same = not _checks.autocasts(tokens)
+    _checks.companion(NAME, "gathered", gathered, tokens, tuple(gathered.shape), "(B, M, C)", of="tokens", same=same)
+    for place, shape in enumerate(weights):
+        for offset, (expected, letters) in enumerate(((shape, "a weight"), (shape[:1], "a bias"))):
+            name = f"parameters[{2 * place + offset}]"
+            t = parameters[2 * place + offset]
+            _checks.companion(NAME, name, t, tokens, expected, letters, of="tokens", same=same)
 
 
 def _token_side_in_pytorch(

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
-from torch.autograd import forward_ad
 
 from mf_kernels import KernelFallbackWarning
+from mf_kernels.environment import is_transformed, switch
 from mobileformer.inference import library
 from mobileformer.inference.engine import Engine, NotFiniteError
 from mobileformer.inference.folded import FoldedNetwork
@@ -148,8 +147,8 @@ def _folded(model: Model, network: Model, dtype: torch.dtype) -> FoldedNetwork |
 def _fall_back(reason: str) -> None:
     """Say once for each reason that PyTorch runs where the engine was to be expected."""
     message = f"to_inference: not the CPU engine but the folded network in PyTorch serves ({reason})"
-    if os.environ.get("MF_KERNELS_STRICT") == "1":
-        raise RuntimeError(f"{message}; MF_KERNELS_STRICT=1 makes this an error")
+    if switch("MF_KERNELS_STRICT"):
+        raise RuntimeError(f"{message}; MF_KERNELS_STRICT={os.environ['MF_KERNELS_STRICT']} makes this an error")
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"{message}; see `python -m mobileformer info`", KernelFallbackWarning, stacklevel=5)
@@ -164,6 +163,5 @@ def _wants_numbers_only(x: Tensor) -> bool:
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and torch._C._len_torch_dispatch_stack() == 0
-        and peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        and not is_transformed()
     )

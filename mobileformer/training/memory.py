@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Callable
 
 __all__ = ["give_back_free_memory"]
 
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+
+def _find_trim() -> Callable[[int], int] | None:
+    """glibc's malloc_trim, where this process runs on glibc."""
+    if os.name != "posix":  # elsewhere there is no handle on the process itself to look names up in
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+_trim = _find_trim()
 
 
 def give_back_free_memory() -> None:
