@@ -12,6 +12,7 @@ import argparse
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,28 +21,47 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mobileformer.files import NotRegularError, open_regular
 from mobileformer.metadata import WeightsError
+from mobileformer.nesting import Contents, find_weights
 
-__all__ = ["read_header", "read_state", "unwrap_state"]
-
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+__all__ = ["open_weights", "read_header", "read_state"]
 
 
-def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(state dict under the file's own names, its text metadata: none unless safetensors), on the CPU.
+def open_weights(path: str | os.PathLike[str], *, average: bool | None = None) -> Contents:
+    """The state dict under the file's own names, without prefixes, and what the file says of itself, on the CPU.
 
-    Raises FileNotFoundError, and WeightsError for a file that is empty, cut off, of another kind, or holds
-    anything but weights.
+    average: which of several weights, as `find_weights` has it.
+
+    Raises OSError, and WeightsError for a file that is empty, cut off, of another kind, holds anything but weights, or
+    tells of more bytes than it has: sizes are checked before memory is taken.
     """
     path = Path(path)
     if _is_safetensors(path):
         with _open_safetensors(path) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    return unwrap_state(_read_torch(path), name=str(path)), {}
+            try:
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
+                raise WeightsError(f"{path}: holds an array that PyTorch cannot ({_line(error)})") from error
+            found = find_weights(state, name=str(path), average=average)
+            found.header = file.metadata() or {}
+            return found
+    found = find_weights(_read_torch(path), name=str(path), average=average)
+    _check_extents(found.state, str(path))
+    return found
+
+
+def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(state dict, text metadata): `open_weights` for whom these are enough."""
+    found = open_weights(path)
+    return found.state, found.header
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The text metadata of a file, without reading its tensors. Raises as `read_state`."""
+    """The text metadata of a safetensors file, without reading its tensors; of another file none.
+
+    Raises as `open_weights`.
+    """
     path = Path(path)
     if not _is_safetensors(path):
         return {}
@@ -49,28 +69,15 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def unwrap_state(state: Any, *, name: str) -> dict[str, Tensor]:
-    """The flat {key: tensor} of a saved training state, maybe below `state_dict` or behind `module.`."""
-    if not isinstance(state, Mapping):
-        raise WeightsError(f"{name}: expected a dict of tensors, got {type(state).__name__}")
-    if isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not state:
-        raise WeightsError(f"{name}: holds no weights")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise WeightsError(f"{name}: expected tensors under text keys, got {type(value).__name__} under {key!r}")
-    while prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return dict(state)
-
-
 def _is_safetensors(path: Path) -> bool:
     """True for safetensors, False for `torch.save`; anything else is an error."""
     if path.is_dir():
         raise WeightsError(f"{path}: expected a file, got a folder")
-    with path.open("rb") as file:  # FileNotFoundError already names the path
-        head = file.read(9)
+    try:
+        with open_regular(path) as file:  # FileNotFoundError already names the path
+            head = file.read(9)
+    except NotRegularError as error:
+        raise WeightsError(str(error)) from None
     if not head:
         raise WeightsError(f"{path}: the file is empty")
     if head[8:9] == b"{":  # after the 8 bytes of the header's length, which may look like anything
@@ -84,18 +91,48 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise WeightsError(f"{path}: not a valid safetensors file, or cut off ({error})") from error
+        raise WeightsError(f"{path}: not a valid safetensors file, or cut off ({_line(error)})") from error
 
 
 def _read_torch(path: Path) -> Any:
+    _check_records(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's own text goes on to advise a reading that runs code: none of it is passed on.
         found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-        reason = f"it refers to {found[1]}" if found else str(error).splitlines()[0]
+        reason = f"it refers to {found[1]:.100}" if found else "what is in it is no tensor or plain value"
         raise WeightsError(
             f"{path}: refused, because it holds more than weights ({reason}); nothing in it was run"
         ) from error
     except Exception as error:  # a damaged stream can end in any error of the reader; none of them is ours
-        raise WeightsError(f"{path}: not a valid checkpoint, or cut off ({error})") from error
+        raise WeightsError(f"{path}: not a valid checkpoint, or cut off ({_line(error)})") from error
+
+
+def _check_records(path: Path) -> None:
+    """Refuse an archive whose records unpack to more than the file has: torch.save compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            told = sum(record.file_size for record in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError):
+        return  # the older stream, or damaged, which its reader tells better
+    size = path.stat().st_size
+    if told > size:
+        raise WeightsError(f"{path}: refused, its records unpack to {told} bytes and the file has {size}")
+
+
+def _check_extents(state: Mapping[str, Tensor], name: str) -> None:
+    """Refuse tensors that show the same few bytes many times, whose copies would take memory the file does not have."""
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized:
+            raise WeightsError(f"{name}: {key:.100}: expected a plain dense tensor, got {value.layout}")
+        told, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+        if told > held:
+            raise WeightsError(f"{name}: {key:.100}: its shape takes {told} bytes, and the file holds {held} for it")
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error that is not ours."""
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__

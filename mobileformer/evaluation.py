@@ -19,7 +19,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mobileformer.data.batch import Batch
 
-__all__ = ["Agreement", "EvaluationError", "Report", "Score", "evaluate", "order_of_classes"]
+__all__ = ["Agreement", "EvaluationError", "Report", "Score", "evaluate", "order_of_classes", "ranks_of"]
 
 Network = Callable[[Tensor], Tensor]
 
@@ -128,7 +128,7 @@ class _Tally:
         taken_for = _first_largest(logits)
         classes = len(self.top5)
         self.confusion += torch.bincount(y * classes + taken_for, minlength=classes**2).view(classes, classes)
-        self.top5 += torch.bincount(y[_rank(logits, y) < 5], minlength=classes)
+        self.top5 += torch.bincount(y[ranks_of(logits, y) < 5], minlength=classes)
 
     def score(self) -> Score:
         return Score(self.confusion.numpy(), self.top5.numpy(), self.seconds)
@@ -242,11 +242,17 @@ def order_of_classes(classes: Sequence[str], labels: Sequence[str] | None, num_c
     return [position[name] for name in classes]
 
 
-def _rank(logits: Tensor, y: Tensor) -> Tensor:
-    """How many classes come before the right one: logits (B,K), y (B) -> (B)."""
+def ranks_of(logits: Tensor, y: Tensor) -> Tensor:
+    """How many classes come before the right one: logits (B,K), y (B) -> (B) int64. Every accuracy is counted by it.
+
+    A class comes before where its logit is larger, or equal and its position is lower. NaN comes before every number;
+    where the right class has NaN, all others do.
+    """
     own = logits.gather(1, y[:, None])
-    before = torch.arange(logits.shape[1]) < y[:, None]
-    return ((logits > own) | ((logits == own) & before)).sum(dim=1)
+    place = torch.arange(logits.shape[1], device=logits.device)
+    # Written so that NaN comes before everything, whosever it is: no image is right by it.
+    behind = (logits < own) | ((logits == own) & (place > y[:, None])) | (place == y[:, None])
+    return (~behind).sum(dim=1)
 
 
 def _first_largest(logits: Tensor) -> Tensor:

@@ -24,10 +24,11 @@ from typing import Any
 import torch
 
 from mobileformer.files import replacing
-from mobileformer.metadata import Metadata, describe
+from mobileformer.metadata import Metadata, check, describe
 from mobileformer.model import Model as _Model
 from mobileformer.model import unwrap
 from mobileformer.model_card import card_text
+from mobileformer.stem import adapt_numbers
 from mobileformer.weights import load_weights, read_metadata, save_weights
 
 try:
@@ -195,6 +196,17 @@ class Model(
                 )
             if len(asked["labels"] or ()) != asked["num_classes"]:
                 asked["labels"] = None  # those of the layer that is left out
+        if asked["in_chans"] != told["in_chans"]:
+            if strict:
+                raise ValueError(
+                    f"in_chans: {path} holds {told['in_chans']}, asked for {asked['in_chans']}; "
+                    "strict=False adapts the first convolution"
+                )
+            for key in ("mean", "std"):
+                if asked[key] == told[key] and asked[key] is not None:
+                    asked[key] = adapt_numbers(asked[key], asked["in_chans"])
+        # Before a model is made: config.json, whose words are among the arguments, is anybody's text.
+        check(Metadata(**{key: asked[key] for key in told}))
         model = cls(**asked)
-        load_weights(model, path, allow_new_head=not strict)
+        load_weights(model, path, allow_new_head=not strict, allow_new_channels=not strict)
         return model.eval()

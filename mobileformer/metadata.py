@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,13 @@ from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, VARIANTS
 if TYPE_CHECKING:
     from mobileformer.model import Model
 
-__all__ = ["Metadata", "WeightsError", "decode", "describe", "encode"]
+__all__ = ["Metadata", "WeightsError", "check", "decode", "describe", "encode"]
+
+# Beyond these a number is no size but damage: whoever believed it would ask for memory that no machine has.
+_LARGEST = {"num_classes": 1 << 24, "in_chans": 1 << 12, "input_size": 1 << 13}
+_LARGEST_RESIZED = 1 << 15  # pixels of the short side before the crop
+_SMALLEST_CROP = 0.01
+_LARGEST_VALUE = 1e6  # of mean and std, whose pixels are in [0, 1]: float32 can still divide by its inverse
 
 
 class WeightsError(ValueError):
@@ -69,7 +74,7 @@ def describe(
         input_size=None if input_size is None else operator.index(input_size),
         crop_fraction=None if crop_fraction is None else float(crop_fraction),
     )
-    _check(metadata)
+    check(metadata)
     return metadata
 
 
@@ -119,13 +124,13 @@ def decode(header: Mapping[str, str], name: str, *, form: str, version: int) -> 
             input_size=int(header["input_size"]) if "input_size" in header else None,
             crop_fraction=float(header["crop_fraction"]) if "crop_fraction" in header else None,
         )
-        _check(metadata)
+        if metadata.variant not in VARIANTS:
+            raise WeightsError(f"{name}: holds the unknown variant {metadata.variant!r:.60}")
+        check(metadata)
     except WeightsError:
         raise
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise WeightsError(f"{name}: its metadata is damaged ({error!r})") from error
-    if metadata.variant not in VARIANTS:
-        raise WeightsError(f"{name}: holds the unknown variant {metadata.variant!r}")
+        raise WeightsError(f"{name}: its metadata is damaged ({_short(error)})") from error
     return metadata
 
 
@@ -138,21 +143,49 @@ def _list(header: Mapping[str, str], key: str, kind: type) -> tuple[Any, ...] | 
     return tuple(map(kind, values))
 
 
-def _check(metadata: Metadata) -> None:
-    for key in ("num_classes", "in_chans"):
-        if getattr(metadata, key) < 1:
-            raise ValueError(f"{key}: expected at least 1, got {getattr(metadata, key)}")
+def check(metadata: Metadata) -> None:
+    """Raise ValueError, in one line, for what does not fit together or is out of range."""
+    for key, smallest in (("num_classes", 1), ("in_chans", 1), ("input_size", MIN_SIZE)):
+        value = getattr(metadata, key)
+        if value is None:
+            continue
+        unit = " pixels" if key == "input_size" else ""
+        if value < smallest:
+            raise ValueError(f"{key}: expected at least {smallest}{unit}, got {_number(value)}")
+        if value > _LARGEST[key]:
+            raise ValueError(f"{key}: expected at most {_LARGEST[key]}{unit}, got {_number(value)}")
     _check_length("labels", metadata.labels, metadata.num_classes, "classes")
     _check_length("mean", metadata.mean, metadata.in_chans, "channels")
     _check_length("std", metadata.std, metadata.in_chans, "channels")
-    if not all(map(math.isfinite, metadata.mean or ())):
-        raise ValueError(f"mean: expected finite numbers, got {metadata.mean}")
-    if not all(math.isfinite(value) and value > 0 for value in metadata.std or ()):
-        raise ValueError(f"std: expected positive numbers, got {metadata.std}")
-    if metadata.input_size is not None and metadata.input_size < MIN_SIZE:
-        raise ValueError(f"input_size: expected at least {MIN_SIZE} pixels, got {metadata.input_size}")
-    if metadata.crop_fraction is not None and not 0 < metadata.crop_fraction <= 1:
-        raise ValueError(f"crop_fraction: expected a number in (0, 1], got {metadata.crop_fraction}")
+    if not all(abs(value) <= _LARGEST_VALUE for value in metadata.mean or ()):  # false for NaN
+        raise ValueError(f"mean: expected finite numbers up to {_LARGEST_VALUE:g}, got {_numbers(metadata.mean)}")
+    if not all(1 / _LARGEST_VALUE <= value <= _LARGEST_VALUE for value in metadata.std or ()):
+        raise ValueError(
+            f"std: expected positive numbers, {1 / _LARGEST_VALUE:g} to {_LARGEST_VALUE:g}, got {_numbers(metadata.std)}"
+        )
+    crop = metadata.crop_fraction
+    if crop is not None and not 0 < crop <= 1:
+        raise ValueError(f"crop_fraction: expected a number in (0, 1], got {crop}")
+    if crop is not None and crop < _SMALLEST_CROP:
+        raise ValueError(f"crop_fraction: expected at least {_SMALLEST_CROP}, got {crop}")
+    if crop is not None and (metadata.input_size or MIN_SIZE) / crop > _LARGEST_RESIZED:
+        raise ValueError(
+            f"crop_fraction: {crop} of {metadata.input_size} pixels means images resized to more than "
+            f"{_LARGEST_RESIZED} pixels"
+        )
+
+
+def _number(value: int) -> str:
+    """A number that may have thousands of digits."""
+    return str(value) if abs(value) < 10**20 else "a number of more than 20 digits"
+
+
+def _numbers(values: Sequence[float] | None) -> str:
+    return f"{values!r:.100}"
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _check_length(key: str, values: Sequence[Any] | None, expected: int, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import warnings
@@ -13,13 +14,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mobileformer.checkpoint import read_header, read_state, unwrap_state
+from mobileformer.checkpoint import open_weights, read_header
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
 from mobileformer.files import replacing
 from mobileformer.inference.folded import FORMAT as FOLDED_FORMAT
 from mobileformer.keys import to_official, to_ours
-from mobileformer.metadata import Metadata, WeightsError, decode, describe, encode
+from mobileformer.metadata import Metadata, WeightsError, check, decode, describe, encode
 from mobileformer.model import Model, unwrap
+from mobileformer.nesting import KEY, Contents, find_weights
+from mobileformer.stem import adapt_channels
 
 __all__ = [
     "Metadata",
@@ -35,6 +38,8 @@ __all__ = [
 FORMAT = "mobileformer"
 FORMAT_VERSION = 1
 _NEW_HEAD = ("head.classifier.weight", "head.classifier.bias")
+_HINTS = {key: " (allow_new_head=True keeps the model's own last layer)" for key in _NEW_HEAD}
+_HINTS["stem.conv.weight"] = " (allow_new_channels=True adapts it to other channels)"
 _STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CLASSES_KEY, _CHANNELS_KEY = "head.classifier.weight", "stem.conv.weight"
 
@@ -44,6 +49,8 @@ def load_weights(
     path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
     *,
     allow_new_head: bool = False,
+    allow_new_channels: bool = False,
+    average: bool | None = None,
 ) -> None:
     """Copy weights into `model`, all of them or none.
 
@@ -51,45 +58,75 @@ def load_weights(
     source  accepted
     ======  =============================================================================================
     path    safetensors; or a published `.pth.tar`: what `torch.save` wrote, read as weights only
-    dict    {key: tensor}, or one that holds it under "state_dict"
-    keys    ours or the published ones, told apart by themselves; `module.` before all of them or none
+    dict    {key: tensor}, or what a training script saved: weights below "state_dict", "model", "model_ema"
+            and the like
+    keys    ours or the published ones, told apart by themselves; one prefix before all of them or none
     ======  =============================================================================================
 
-    Values are converted to the dtype and device of the model. With `allow_new_head`, a file for another
-    number of classes is taken too, and the last linear layer stays as it is.
+    ==================  =================================================================================
+    argument            meaning
+    ==================  =================================================================================
+    allow_new_head      take a file for another number of classes too: the last linear layer stays as it is
+    allow_new_channels  take a file for another number of channels too: the first convolution is adapted,
+                        `mobileformer.stem.adapt_channels`
+    average             where there are raw weights and their average: True the average, False the raw ones;
+                        None the average if it can be used, and a warning says which
+    ==================  =================================================================================
 
-    Raises FileNotFoundError, and WeightsError (a ValueError) that names every missing, unexpected or
+    Values are converted to the dtype and device of the model.
+
+    Raises OSError, and WeightsError (a ValueError) that names every missing, unexpected or
     wrong-shaped key, every value that is not finite or no floating-point number, and files that are cut off
     or hold more than weights. Warns when the file was saved from a model with another `spatial_dynamic_relu`.
     """
-    name, state, metadata = _read(path_or_state_dict)
-    _copy_into(unwrap(model), name, state, metadata, allow_new_head)
+    model = unwrap(model)
+    name, contents = _read(path_or_state_dict, average)
+    metadata = _parse_metadata(contents.header, name)
+    state = contents.state
+    if metadata is not None and metadata.variant != model.variant:
+        raise WeightsError(f"{name}: holds the variant {metadata.variant}, the model is {model.variant}")
+    official_names, state = _our_names(state, model, name)
+    skipped = _fit(name, model, model.state_dict(), state, official_names, allow_new_head, allow_new_channels)
+    _copy_into(model, state, skipped)
+    if contents.note:
+        warnings.warn(contents.note, stacklevel=2)
+    if metadata is not None and metadata.spatial_dynamic_relu != model.spatial_dynamic_relu:
+        warnings.warn(
+            f"{name}: saved with spatial_dynamic_relu={metadata.spatial_dynamic_relu}, "
+            f"the model has {model.spatial_dynamic_relu}: same parameters, other outputs",
+            stacklevel=2,
+        )
 
 
-def load_model(path: str | os.PathLike[str], *, use_fused: bool = True) -> Model:
+def load_model(path: str | os.PathLike[str], *, use_fused: bool = True, average: bool | None = None) -> Model:
     """Build the model a file describes, load its weights, and return it in evaluation mode.
 
     A published checkpoint says nothing of itself: its variant, classes and channels are read off the shapes.
-    Raises as `load_weights`, and WeightsError when the shapes belong to none of the seven variants.
+    Raises and warns as `load_weights`, and WeightsError when the shapes belong to none of the seven variants.
     """
-    name, state, metadata = _read(path)
-    if metadata is None:
-        metadata = _infer_metadata(state, name)
-    model = Model(
-        metadata.variant,
-        num_classes=metadata.num_classes,
-        in_chans=metadata.in_chans,
-        use_fused=use_fused,
-        spatial_dynamic_relu=metadata.spatial_dynamic_relu,
-    )
-    _copy_into(model, name, state, metadata, allow_new_head=False)
+    name, contents = _read(path, average)
+    metadata = _metadata(contents, name)
+    arguments: dict[str, Any] = {
+        "variant": metadata.variant,
+        "num_classes": metadata.num_classes,
+        "in_chans": metadata.in_chans,
+        "spatial_dynamic_relu": metadata.spatial_dynamic_relu,
+    }
+    with torch.device("meta"):  # compared without memory: a text may tell of any number of classes
+        outline = Model(**arguments, use_fused=False)
+    official_names, state = _our_names(contents.state, outline, name)
+    _fit(name, outline, outline.state_dict(), state, official_names)
+    model = Model(**arguments, use_fused=use_fused)
+    _copy_into(model, state, set())
+    if contents.note:
+        warnings.warn(contents.note, stacklevel=2)
     return model.eval()
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata:
     """What the file says of itself, or what the shapes of a published one say. Raises as `load_model`."""
     metadata = _parse_metadata(read_header(path), str(path))
-    return metadata if metadata is not None else _infer_metadata(read_state(path)[0], str(path))
+    return metadata if metadata is not None else _metadata(open_weights(path), str(path))
 
 
 def save_weights(
@@ -136,11 +173,28 @@ def official_state_dict(model: Model) -> dict[str, Tensor]:
     return {official: state[ours] for ours, official in to_official(state, model.config).items()}
 
 
-def save_official_checkpoint(model: Model, path: str | os.PathLike[str]) -> None:
-    """Write what the published code reads, {"state_dict": ...} under its names. Whole or not at all."""
+def save_official_checkpoint(
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    labels: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    input_size: int | None = None,
+    crop_fraction: float | None = None,
+) -> None:
+    """Write what the published code reads, {"state_dict": ...} under its names. Whole or not at all.
+
+    The arguments are those of `save_weights`. They stand below a key that the published code does not look at, and
+    with them the file describes itself to this package as its own do. Raises as `save_weights`.
+    """
+    metadata = describe(
+        unwrap(model), labels=labels, mean=mean, std=std, input_size=input_size, crop_fraction=crop_fraction
+    )
     state = {key: value.cpu() for key, value in official_state_dict(model).items()}
+    header = encode(metadata, form=FORMAT, version=FORMAT_VERSION)
     with replacing(path) as temporary:
-        torch.save({"state_dict": state}, temporary)
+        torch.save({"state_dict": state, KEY: header}, temporary)
 
 
 def _stored(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -156,43 +210,50 @@ def _stored(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
     return stored
 
 
-def _read(source: Any) -> tuple[str, dict[str, Tensor], Metadata | None]:
-    """(how errors call the source, its state dict, what it says of itself)."""
+def _read(source: Any, average: bool | None) -> tuple[str, Contents]:
+    """(how errors call the source, what it holds)."""
+    if average not in (None, True, False):
+        raise ValueError(f"average: expected True, False or None, got {average!r}")
     if isinstance(source, Mapping):
-        return "state dict", unwrap_state(source, name="state dict"), None
+        return "state dict", find_weights(source, name="state dict", average=average)
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"path_or_state_dict: expected a path or a dict, got {type(source).__name__}")
-    name = str(Path(source))
-    state, header = read_state(source)
-    return name, unwrap_state(state, name=name), _parse_metadata(header, name)
+    return str(Path(source)), open_weights(source, average=average)
 
 
-def _copy_into(
-    model: Model, name: str, state: dict[str, Tensor], metadata: Metadata | None, allow_new_head: bool
-) -> None:
-    if metadata is not None and metadata.variant != model.variant:
-        raise WeightsError(f"{name}: holds the variant {metadata.variant}, the model is {model.variant}")
-    official_names, state = _our_names(state, model, name)
-    own = model.state_dict()
+def _fit(
+    name: str,
+    model: Model,
+    own: Mapping[str, Tensor],
+    state: dict[str, Tensor],
+    official_names: bool,
+    allow_new_head: bool = False,
+    allow_new_channels: bool = False,
+) -> set[str]:
+    """The keys that are not to be copied; adapts the stem in `state`. Raises WeightsError where the rest does not fit.
+
+    Of `own`, the model's state, only shapes and dtypes count, so it may be on the meta device.
+    """
     skipped: set[str] = set()
     if allow_new_head and any(key in state and state[key].shape != own[key].shape for key in _NEW_HEAD):
         skipped = set(_NEW_HEAD)
+    stem = state.get(_CHANNELS_KEY)
+    if allow_new_channels and stem is not None and stem.ndim == 4 and stem.is_floating_point() and stem.shape[1]:
+        state[_CHANNELS_KEY] = adapt_channels(stem, model.in_chans)
     problems = _problems(state, own, skipped, to_official(own, model.config) if official_names else {})
     if problems:
         raise WeightsError(
             f"{name}: does not fit the model ({model.variant}, {model.num_classes} classes, "
             f"{model.in_chans} channels); nothing was loaded\n  " + "\n  ".join(problems)
         )
-    if metadata is not None and metadata.spatial_dynamic_relu != model.spatial_dynamic_relu:
-        warnings.warn(
-            f"{name}: saved with spatial_dynamic_relu={metadata.spatial_dynamic_relu}, "
-            f"the model has {model.spatial_dynamic_relu}: same parameters, other outputs",
-            stacklevel=3,
-        )
-    with torch.no_grad():
-        for key, target in own.items():
-            if key not in skipped:
-                target.copy_(state[key])
+    return skipped
+
+
+@torch.no_grad()
+def _copy_into(model: Model, state: Mapping[str, Tensor], skipped: set[str]) -> None:
+    for key, target in model.state_dict().items():
+        if key not in skipped:
+            target.copy_(state[key])
 
 
 def _our_names(state: dict[str, Tensor], model: Model, name: str) -> tuple[bool, dict[str, Tensor]]:
@@ -203,7 +264,7 @@ def _our_names(state: dict[str, Tensor], model: Model, name: str) -> tuple[bool,
         first = ", ".join(list(state)[:3])
         raise WeightsError(f"{name}: no key belongs to a Mobile-Former, it starts with {first}")
     if len(ours) >= len(official):
-        return False, state
+        return False, dict(state)
     return True, {official.get(key, key): value for key, value in state.items()}
 
 
@@ -218,7 +279,7 @@ def _problems(
             continue
         value, target, label = state[key], own[key], shown.get(key, key)
         if value.shape != target.shape:
-            hint = " (allow_new_head=True keeps the model's own last layer)" if key in _NEW_HEAD else ""
+            hint = _HINTS.get(key, "")
             lines.append(f"wrong shape: {label} is {_shape(value)}, the model has {_shape(target)}{hint}")
         elif value.is_complex() or (target.is_floating_point() and not value.is_floating_point()):
             # The other way round is fine: scripts that shorten a state dict turn its batch counters into
@@ -249,6 +310,22 @@ def _shapes(variant: str) -> dict[str, torch.Size]:
     with torch.device("meta"):
         model = Model(variant, num_classes=1, in_chans=1, use_fused=False)
     return {key: value.shape for key, value in model.state_dict().items() if key not in _NEW_HEAD}
+
+
+def _metadata(contents: Contents, name: str) -> Metadata:
+    """What the contents say of themselves, or what their shapes say, and the recipe of a training run."""
+    metadata = _parse_metadata(contents.header, name)
+    if metadata is not None:
+        return metadata
+    metadata = _infer_metadata(contents.state, name)
+    if not contents.run:
+        return metadata
+    metadata = dataclasses.replace(metadata, **contents.run)
+    try:
+        check(metadata)
+    except ValueError as error:
+        raise WeightsError(f"{name}: its recipe does not fit its weights ({error})") from error
+    return metadata
 
 
 def _infer_metadata(state: dict[str, Tensor], name: str) -> Metadata:

@@ -50,7 +50,7 @@ def test_folder_reads_sorted_classes_and_files(tmp_path: Path) -> None:
     assert grey[0][0].mode == "L"
 
 
-@pytest.mark.parametrize("name", ["val", "validation", "test"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test", "Val", "TESTING"])
 def test_folder_knows_the_names_of_the_validation_split(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path)
     (tmp_path / "val").rename(tmp_path / name)
@@ -89,7 +89,7 @@ def test_folder_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_folder_without_a_split_or_classes(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    with pytest.raises(DataError, match="no folder for val, expected one of val, validation, test"):
+    with pytest.raises(DataError, match="no folder for val, expected one of val, valid, validation, test"):
         open_source(tmp_path, "val")
     picture(0).save(tmp_path / "train" / "0.png")
     with pytest.raises(DataError, match="train: no folder for any class"):
@@ -185,8 +185,8 @@ def test_open_source_says_what_it_looked_for(tmp_path: Path) -> None:
         open_source(tmp_path / "absent", "train")
     with pytest.raises(DataError, match="no data set that is known: neither train/ and val/"):
         open_source(tmp_path, "train")
-    with pytest.raises(ValueError, match="split: expected 'train' or 'val', got 'test'"):
-        open_source(tmp_path, "test")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="split: expected one of train, val, test, all, got 'dev'"):
+        open_source(tmp_path, "dev")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="channels: an image has 1 or 3 of them, got 4"):
         open_source(tmp_path, "train", channels=4)
 

@@ -87,7 +87,6 @@ def _train(
     """The result, or None in any process but the first."""
     import torch
 
-    from mobileformer import read_metadata
     from mobileformer.data import open_source
     from mobileformer.training import Interrupted, Options, TrainingError, join, read_recipe, train
 
@@ -96,8 +95,6 @@ def _train(
     try:
         recipe = read_recipe(name, values)
         channels = len(recipe.mean) or None
-        if weights is not None:
-            channels = read_metadata(weights).in_chans
         training = open_source(data, "train", channels=channels)
         validation = open_source(data, "val", channels=channels)
         options = Options(

@@ -85,14 +85,27 @@ def open_metadata(path: Path) -> Metadata:
         raise CommandError(str(error)) from error
 
 
-def open_model(path: Path, *, use_fused: bool = True) -> Model:
-    """The model a file describes, with its weights, in evaluation mode. Raises CommandError."""
+def open_model(path: Path, *, use_fused: bool = True, average: bool | None = None) -> Model:
+    """The model a file describes, with its weights, in evaluation mode; which of several is told.
+
+    Raises CommandError.
+    """
+    import warnings
+
     from mobileformer import WeightsError, load_model
 
     try:
-        return load_model(path, use_fused=use_fused)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.filterwarnings("always", module=__name__)
+            model = load_model(path, use_fused=use_fused, average=average)
     except (WeightsError, OSError) as error:
         raise CommandError(str(error)) from error
+    for warning in told:
+        if warning.filename == __file__:
+            note(str(warning.message))
+        else:  # not of the loading
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return model
 
 
 def read_labels(path: Path, num_classes: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -9,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mobileformer.data.image import _to_rgb
+from mobileformer.data.image import MODES
 
-__all__ = ["ArraySource", "DataError", "Source", "Split", "with_channels"]
+__all__ = ["MODES", "ArraySource", "DataError", "Source", "Split", "check_channels"]
 
-Split = Literal["train", "val"]
-MODES = {1: "L", 3: "RGB"}
+Split = Literal["train", "val", "test", "all"]
 
 
 class DataError(ValueError):
@@ -77,6 +77,7 @@ class ArraySource:
             )
         self.images = images
         self.labels: list[int] = labels.tolist()
+        self.name = name
         self.classes = tuple(classes)
         self.channels = check_channels(channels) or (1 if grey else 3)
         self._convert = MODES[self.channels] if self.channels != (1 if grey else 3) else None
@@ -88,17 +89,19 @@ class ArraySource:
         image = Image.fromarray(self.images[index])
         return (image if self._convert is None else image.convert(self._convert)), self.labels[index]
 
+    @property
+    def present(self) -> frozenset[str]:
+        """The classes that have images."""
+        return frozenset(self.classes[label] for label in set(self.labels))
+
+    def digest(self) -> str:
+        """Of the labels and the images' sizes."""
+        labels = np.asarray(self.labels, np.int64).tobytes()
+        return hashlib.sha256(repr(self.images.shape).encode() + labels).hexdigest()
+
 
 def check_channels(channels: int | None) -> int | None:
     """The argument, or ValueError: images have 1 or 3 channels."""
     if channels not in (None, 1, 3):
         raise ValueError(f"channels: an image has 1 or 3 of them, got {channels}")
     return channels
-
-
-def with_channels(image: Image.Image, channels: int, name: str) -> Image.Image:
-    """An image of any mode as 8-bit "L" (1) or "RGB" (3), by the rules of `decode_image`."""
-    if image.mode == MODES[channels] and "transparency" not in image.info:
-        return image
-    flat = _to_rgb(image, name)
-    return flat if channels == 3 else flat.convert("L")

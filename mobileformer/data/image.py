@@ -18,16 +18,20 @@ centre crop size x size, y = (x / 255 - mean) / std. For size 224 and the publis
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import glob
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from mobileformer.files import NotRegularError, open_regular
 
 __all__ = [
     "CROP_FRACTION",
@@ -39,6 +43,7 @@ __all__ = [
     "load_image",
     "preprocess",
     "sample_photo",
+    "walk_images",
 ]
 
 # A fixed list: for some formats Pillow starts another program (Ghostscript for EPS), which no image may do.
@@ -54,6 +59,7 @@ MAX_PIXELS = 178_956_970
 CROP_FRACTION = 0.875
 # The crop sees a square in the middle: no more than this is resized, or a 1 x 100000 image would need 20 GB.
 MAX_ASPECT = 32
+MODES = {1: "L", 3: "RGB"}
 
 # EXIF orientation -> the operation that makes the picture upright (EXIF 2.32, tag 0x0112).
 UPRIGHT = {
@@ -84,28 +90,38 @@ def decode_image(source: str | os.PathLike[str] | BinaryIO, *, channels: int = 3
     """
     if channels not in (1, 3):
         raise ValueError(f"channels: an image has 1 or 3 of them, got {channels}")
-    name = "image"
-    if isinstance(source, str | os.PathLike):
-        name = os.fspath(source)
-        _check_readable(Path(source), name)
-    try:
-        with Image.open(source, formats=FORMATS) as image:
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
+    with contextlib.ExitStack() as stack:
+        file = source if not isinstance(source, str | os.PathLike) else stack.enter_context(_opened(source, name))
+        try:
+            image = stack.enter_context(Image.open(file, formats=FORMATS))
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width} x {image.height}"
                 raise ImageError(f"{name}: {size} pixels, more than {MAX_PIXELS} are refused")
             image.load()  # the first frame
             upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            flat = _to_rgb(image, name)
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: more than {MAX_PIXELS} pixels are refused") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image in a known format ({', '.join(FORMATS)})") from error
-    except Exception as error:  # damaged bytes lead Pillow's decoders to almost any exception
-        raise ImageError(f"{name}: cannot be decoded: {type(error).__name__}: {error}") from error
+            flat = with_channels(image, channels, name)
+        except ImageError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise ImageError(f"{name}: more than {MAX_PIXELS} pixels are refused") from error
+        except UnidentifiedImageError as error:
+            raise ImageError(f"{name}: not an image in a known format ({', '.join(FORMATS)})") from error
+        except Exception as error:  # damaged bytes lead Pillow's decoders to almost any exception
+            raise ImageError(f"{name}: cannot be decoded: {type(error).__name__}: {error}") from error
     if upright is not None:
         flat = flat.transpose(upright)
+    return flat
+
+
+def with_channels(image: Image.Image, channels: int, name: str) -> Image.Image:
+    """An image of any mode as 8-bit "L" (1) or "RGB" (3), by the table above; itself where it is that already.
+
+    Raises ImageError, which begins with `name`, for values of unknown range.
+    """
+    if image.mode == MODES[channels] and "transparency" not in image.info:
+        return image
+    flat = _to_rgb(image, name)
     return flat if channels == 3 else flat.convert("L")
 
 
@@ -139,7 +155,7 @@ def preprocess(
         raise ValueError(f"size: expected at least 1 pixel, got {size}")
     if not 0 < crop_fraction <= 1:
         raise ValueError(f"crop_fraction: expected a number in (0, 1], got {crop_fraction}")
-    wanted = {1: "L", 3: "RGB"}.get(len(mean))
+    wanted = MODES.get(len(mean))
     if image.mode != wanted:
         raise ValueError(f"image: mode {image.mode!r} does not fit {len(mean)} means, expected {wanted!r}")
     width, height = image.size
@@ -176,7 +192,7 @@ def find_images(arguments: Sequence[str | os.PathLike[str]]) -> Iterator[tuple[s
     """Every image that files, folders and patterns stand for: pairs (path, None) or (name, what is wrong).
 
     A file is taken whatever it is called. A folder gives its files with a suffix in `SUFFIXES`, subfolders
-    included, hidden names and links to folders left out. A pattern (`*`, `?`, `[...]`, `**`) counts where no
+    and links to folders included, hidden names left out. A pattern (`*`, `?`, `[...]`, `**`) counts where no
     file has that very name. Folders and patterns give sorted files, arguments stay in the order given.
     """
     for argument in [os.fspath(argument) for argument in arguments]:
@@ -199,13 +215,22 @@ def sample_photo() -> Path:
     return Path(__file__).with_name("chelsea.jpg")
 
 
-def _check_readable(path: Path, name: str) -> None:
-    if not path.exists():
-        raise ImageError(f"{name}: no such file")
-    if path.is_dir():
-        raise ImageError(f"{name}: a folder, expected an image file")
-    if path.is_file() and path.stat().st_size == 0:
+def _opened(path: str | os.PathLike[str], name: str) -> BinaryIO:
+    """A regular file that is not empty. Raises ImageError."""
+    try:
+        file = open_regular(path)
+    except FileNotFoundError as error:
+        raise ImageError(f"{name}: no such file") from error
+    except NotRegularError as error:
+        if os.path.isdir(path):
+            raise ImageError(f"{name}: a folder, expected an image file") from error
+        raise ImageError(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if os.fstat(file.fileno()).st_size == 0:
+        file.close()
         raise ImageError(f"{name}: the file is empty")
+    return file
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -236,19 +261,51 @@ def _centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
+def walk_images(folder: str, unreadable: Callable[[OSError], None] | None = None) -> Iterator[str]:
+    """The files below a folder with an image's suffix, in no order; hidden names and what lies below them left out.
+
+    Links to folders are followed, and a folder that is reached twice is read once. OSErrors, with the file they are
+    of, go to `unreadable`, or are raised where that is None: a folder that cannot be listed, a link that leads nowhere,
+    a link to a folder that it lies in.
+    """
+
+    def tell(error: OSError) -> None:
+        if unreadable is None:
+            raise error
+        unreadable(error)
+
+    done: set[tuple[int, int]] = set()
+    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
+    while pending:
+        here, above = pending.pop()
+        try:
+            status = os.stat(here)
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                raise OSError(errno.ELOOP, "a link that leads back to a folder it lies in", here)
+            if identity in done:
+                continue
+            done.add(identity)
+            with os.scandir(here) as scanned:
+                entries = [entry for entry in scanned if not entry.name.startswith(".")]
+        except OSError as error:
+            tell(error)
+            continue
+        for entry in entries:
+            if entry.is_dir():
+                pending.append((entry.path, above | {identity}))
+            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                yield entry.path  # whatever it is: who opens it says so
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                tell(OSError(errno.ENOENT, "a link that leads nowhere", entry.path))
+
+
 def _from_folder(folder: str) -> Iterator[tuple[str, str | None]]:
-    found: list[str] = []
     unreadable: list[OSError] = []
-    for here, subfolders, files in os.walk(folder, onerror=unreadable.append):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [os.path.join(here, name) for name in files if _looks_like_image(name)]
+    found = sorted(walk_images(folder, unreadable.append))
     for error in unreadable:
         yield str(error.filename), f"{error.filename}: {error.strerror}"
     if not found and not unreadable:
         yield folder, f"{folder}: no image in this folder (looked for {' '.join(sorted(SUFFIXES))})"
-    for path in sorted(found):
+    for path in found:
         yield path, None
-
-
-def _looks_like_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES

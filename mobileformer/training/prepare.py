@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD
 from mobileformer.data.sources import some_images
 from mobileformer.data.transforms import EvaluationTransform, TrainTransform
 from mobileformer.model import Model
+from mobileformer.stem import adapt_numbers
 from mobileformer.training.recipe import Recipe
 from mobileformer.training.state import TrainingError
 from mobileformer.weights import load_weights, read_metadata
 
-__all__ = ["evaluation_transform", "make_model", "normalisation", "training_transform"]
+__all__ = ["check_data", "evaluation_transform", "make_model", "normalisation", "place", "training_transform"]
 
 _MEASURED_IMAGES = 2000
 
@@ -36,10 +38,15 @@ def make_model(source: Any, recipe: Recipe, weights: Path | None, *, use_fused: 
         if variant not in ("", found.variant):
             raise TrainingError(f"variant: the recipe says {variant}, {weights} holds {found.variant}")
         if found.in_chans != source.channels:
-            raise TrainingError(f"{weights}: takes {found.in_chans} channels, the data has {source.channels}")
+            warnings.warn(
+                f"{weights}: takes {found.in_chans} channels, the data has {source.channels}: the first convolution "
+                "is adapted",
+                stacklevel=2,
+            )
         variant = found.variant
         if found.mean and found.std and not recipe.mean:
-            recipe = dataclasses.replace(recipe, mean=list(found.mean), std=list(found.std))
+            mean, std = (adapt_numbers(values, source.channels) for values in (found.mean, found.std))
+            recipe = dataclasses.replace(recipe, mean=mean, std=std)
     if not variant:
         raise TrainingError("variant: the recipe leaves it to the initial weights, and there are none")
     torch.manual_seed(recipe.seed)
@@ -52,11 +59,39 @@ def make_model(source: Any, recipe: Recipe, weights: Path | None, *, use_fused: 
         drop_path_rate=recipe.drop_path,
     )
     if weights is not None:
-        load_weights(model, weights, allow_new_head=True)
+        load_weights(model, weights, allow_new_head=True, allow_new_channels=True)
     if recipe.freeze:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("head."))
     return model, dataclasses.replace(recipe, variant=variant)
+
+
+def check_data(training: Any, validation: Any, recipe: Recipe) -> None:
+    """Raise TrainingError for data that a run would stumble over later: too few images, names no file can hold."""
+    classes = tuple(training.classes)
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise TrainingError(
+                f"classes: {name!a} is not UTF-8, no weights can be saved with it; rename the folder"
+            ) from None
+    if tuple(validation.classes) != classes:
+        odd = next(iter(sorted(set(classes) ^ set(validation.classes))), None)
+        what = "their order" if odd is None else repr(odd)
+        raise TrainingError(f"classes: training and validation differ in {what}")
+    if len(training) < recipe.global_batch:
+        raise TrainingError(
+            f"global_batch: {len(training)} training images are fewer than the {recipe.global_batch} of one update "
+            f"({recipe.slots} x micro_batch = {recipe.micro_batch}); set both keys lower, e.g. --set global_batch="
+            f"{max(2, len(training) // 2)} --set micro_batch={max(2, len(training) // 2)}"
+        )
+
+
+def place(source: Any) -> str:
+    """Where a source's images are from, in words; names that are no text escaped."""
+    name = getattr(source, "name", None)
+    return (name if isinstance(name, str) else type(source).__name__).encode(errors="backslashreplace").decode()
 
 
 def normalisation(recipe: Recipe, source: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

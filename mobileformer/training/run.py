@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +19,33 @@ from torch import Tensor
 
 import mf_kernels
 from mobileformer.data.loading import evaluation_batches, steps_per_epoch, training_batches
+from mobileformer.evaluation import ranks_of
 from mobileformer.files import replacing
 from mobileformer.measure import machine
 from mobileformer.model import Model
 from mobileformer.training.average import Average, estimate_statistics
 from mobileformer.training.curves import draw_curves
+from mobileformer.training.lock import lock_folder
 from mobileformer.training.log import Log
 from mobileformer.training.memory import give_back_free_memory
-from mobileformer.training.prepare import evaluation_transform, make_model, normalisation, training_transform
+from mobileformer.training.prepare import (
+    check_data,
+    evaluation_transform,
+    make_model,
+    normalisation,
+    place,
+    training_transform,
+)
 from mobileformer.training.recipe import Recipe, write_recipe
 from mobileformer.training.schedule import learning_rate, make_optimizer
-from mobileformer.training.state import Progress, TrainingError, load_state, save_state
+from mobileformer.training.state import (
+    Progress,
+    TrainingError,
+    describe_data,
+    load_state,
+    previous_of,
+    save_state,
+)
 from mobileformer.training.step import Outcome, Update
 from mobileformer.training.world import World
 from mobileformer.weights import save_weights
@@ -56,6 +73,8 @@ class Options:
     save_minutes    between two checkpoints inside an epoch
     max_broken      images that may be unreadable before the run ends
     fresh           begin again where the folder holds a run
+    extend          go on with a run whose recipe had other `epochs` or `cooldown_epochs`; the learning rate is that of
+                    the longer recipe from there on
     log_updates     updates between two lines of the log
     ==============  ===========================================================================================
     """
@@ -67,6 +86,7 @@ class Options:
     save_minutes: float = 10.0
     max_broken: int = 100
     fresh: bool = False
+    extend: bool = False
     log_updates: int = 20
 
 
@@ -77,10 +97,15 @@ def train(training: Any, validation: Any, recipe: Recipe, options: Options, worl
     best.safetensors, checkpoint.pt, recipe.toml, log.jsonl, curves.png, result.json; every one is written whole or
     not at all.
 
-    Raises TrainingError (nothing to start from, broken images, NaN), Interrupted after SIGTERM or SIGINT, and what
+    Raises TrainingError (nothing to start from, another training in the folder, other data than the checkpoint's,
+    broken images, NaN), Interrupted after SIGTERM or SIGINT, and what
     the sources raise.
     """
-    return _Run(training, validation, recipe, options, world).to_the_end()
+    with contextlib.ExitStack() as stack:
+        if world.leads:
+            options.output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_folder(options.output))
+        return _Run(training, validation, recipe, options, world).to_the_end()
 
 
 class _Run:
@@ -90,21 +115,21 @@ class _Run:
                 f"global_batch: {recipe.global_batch} images are {recipe.slots} micro-batches of {recipe.micro_batch}, "
                 f"which {world.size} processes cannot share evenly"
             )
+        check_data(training, validation, recipe)
         self.training, self.validation = training, validation
+        self.data = describe_data(training, validation)
         self.options, self.world = options, world
         self.checkpoint = options.output / "checkpoint.pt"
         self.model, self.recipe = make_model(training, recipe, options.weights, use_fused=options.use_fused)
         self.mean, self.std = normalisation(self.recipe, training)
         self.steps = steps_per_epoch(training, batch_size=recipe.micro_batch, slots=recipe.slots)
-        if self.steps < 1:
-            raise TrainingError(f"global_batch: {recipe.global_batch} images, and the training data has fewer")
         self.model.to(world.device)
         self.optimizer = make_optimizer(self.model, self.recipe)
         self.average = Average(self.model, recipe.average_decay) if recipe.average_decay else None
         self.progress = Progress()
-        if world.leads:
-            options.output.mkdir(parents=True, exist_ok=True)
-        if self.checkpoint.exists() and not options.fresh:
+        self.before: Literal["keep", "damaged", "other"] = "other"  # of the checkpoint that the next one replaces
+        self.damaged: str | None = None
+        if not options.fresh and (self.checkpoint.exists() or previous_of(self.checkpoint).exists()):
             self._restore()
         world.wait()
         self.update = Update(self.model, self.optimizer, self.recipe, world)
@@ -123,8 +148,12 @@ class _Run:
         self.log.write(
             "start", progress.updates, machine=machine(), processes=self.world.size, device=str(self.world.device),
             threads=torch.get_num_threads(), training_images=len(self.training),
-            validation_images=len(self.validation), fused=self.options.use_fused,
+            validation_images=len(self.validation), fused=self.options.use_fused, training=place(self.training),
+            validation=place(self.validation),
         )  # fmt: skip
+        self.log.say(f"training on {place(self.training)}, validation on {place(self.validation)}")
+        if self.damaged is not None:
+            self.log.say(f"{self.damaged}; going on from the one before, after {progress.updates} updates")
         try:
             with self._signals():
                 while progress.epoch < recipe.total_epochs:
@@ -259,9 +288,9 @@ class _Run:
         ):  # fmt: skip
             y = batch.y.to(self.world.device)
             logits = model(self._on_device(batch.x)).float()
-            ranks = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-            first += float(ranks[:, 0].sum())
-            fifth += float(ranks.sum())
+            ranks = ranks_of(logits, y)
+            first += float((ranks < 1).sum())
+            fifth += float((ranks < 5).sum())
             loss += float(F.cross_entropy(logits, y, reduction="sum"))
             images += len(y)
         first, fifth, loss, images = self.world.sum(first, fifth, loss, images)
@@ -293,42 +322,62 @@ class _Run:
                 model=self.model.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 average=average,
+                data=self.data,
+                description=self._description(),
+                before=self.before,
             )
+        self.before = "keep"
         self.world.wait()
 
     def _restore(self) -> None:
-        content = load_state(self.checkpoint, self.recipe)
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        if self.average is not None:
-            self.average.model.load_state_dict(content["average"])
-        self.progress = content["progress"]
+        content = load_state(self.checkpoint, self.recipe, self.data, extend=self.options.extend)
+        try:
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            if self.average is not None:
+                self.average.model.load_state_dict(content["average"])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise TrainingError(
+                f"{self.checkpoint}: does not hold this network ({str(error).splitlines()[0].rstrip(':')}); give "
+                "another output folder, or --fresh to begin again in this one"
+            ) from error
+        self.progress, self.damaged = content["progress"], content["damaged"]
+        self.before = "keep" if self.damaged is None else "damaged"
 
     def _save_weights(self, model: Model, name: str) -> None:
-        save_weights(
-            model,
-            self.options.output / name,
-            labels=getattr(self.training, "classes", None),
-            mean=self.mean,
-            std=self.std,
-            input_size=self._evaluation_size(),
-            crop_fraction=self.recipe.crop_fraction,
-        )
+        save_weights(model, self.options.output / name, **self._told())
+
+    def _told(self) -> dict[str, Any]:
+        """What the weights say of themselves, as `save_weights` takes it."""
+        return {
+            "labels": list(self.training.classes),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "input_size": self._evaluation_size(),
+            "crop_fraction": self.recipe.crop_fraction,
+        }
+
+    def _description(self) -> dict[str, Any]:
+        model = self.model
+        network = {"variant": model.variant, "num_classes": model.num_classes, "in_chans": model.in_chans}
+        return {**network, "spatial_dynamic_relu": model.spatial_dynamic_relu, **self._told()}
 
     def _evaluation_size(self) -> int:
-        return self.recipe.evaluation_size_after(self.progress.epoch)
+        return self.recipe.evaluation_size_after(max(1, self.progress.epoch))
 
     def _result(self) -> dict[str, Any]:
         progress = self.progress
         return {
             "variant": self.model.variant,
-            **progress.validation,
+            **{key: value if math.isfinite(value) else None for key, value in progress.validation.items()},
             "best_top1": progress.best,
             "best_epoch": progress.best_epoch,
             "epochs": progress.epoch,
             "updates": progress.updates,
             "seconds": progress.seconds,
             "broken_images": progress.broken,
+            "training": place(self.training),
+            "validation": place(self.validation),
             "processes": self.world.size,
             "machine": machine(),
         }

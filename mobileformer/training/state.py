@@ -7,16 +7,29 @@ import os
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from mobileformer.files import replacing
+from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD
+from mobileformer.files import NotRegularError, open_regular, replacing
+from mobileformer.metadata import Metadata
 from mobileformer.training.recipe import Recipe
 
-__all__ = ["FORMAT_VERSION", "Progress", "TrainingError", "load_state", "save_state"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Progress",
+    "TrainingError",
+    "describe_data",
+    "load_state",
+    "previous_of",
+    "save_state",
+    "weights_of_checkpoint",
+]
 
 FORMAT_VERSION = 1
+Before = Literal["keep", "damaged", "other"]
 
 
 class TrainingError(RuntimeError):
@@ -43,6 +56,11 @@ class Progress:
     validation: dict[str, float] = field(default_factory=dict)
 
 
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
 def save_state(
     path: Path,
     recipe: Recipe,
@@ -51,8 +69,16 @@ def save_state(
     model: dict[str, Any],
     optimizer: dict[str, Any],
     average: dict[str, Any] | None,
+    data: dict[str, Any] | None = None,
+    description: dict[str, Any] | None = None,
+    before: Before = "keep",
 ) -> None:
-    """Write a checkpoint whole, or leave the one before it."""
+    """Write a checkpoint whole, or leave the one before it.
+
+    data: what identifies the images, compared by `load_state`. description: the fields of `Metadata` that weights made
+    of this checkpoint have. before: what becomes of the file that is there: "keep" renames it to `previous_of(path)`,
+    "damaged" loses it and leaves that one, "other" loses both, since they are of another run.
+    """
     content = {
         "format": FORMAT_VERSION,
         "recipe": dataclasses.asdict(recipe),
@@ -60,31 +86,172 @@ def save_state(
         "model": model,
         "optimizer": optimizer,
         "average": average,
+        "data": data,
+        "description": description,
     }
+    previous = previous_of(path)
     with replacing(path) as temporary:
         torch.save(content, temporary)
         with open(temporary, "rb") as file:  # a rename may outlive its data in a power cut
             os.fsync(file.fileno())
+        if before == "keep" and path.exists():
+            os.replace(path, previous)  # `load_state` finds it there, should this process end before the next line
+        elif before == "other":
+            previous.unlink(missing_ok=True)
 
 
-def load_state(path: Path, recipe: Recipe) -> dict[str, Any]:
+def load_state(
+    path: Path, recipe: Recipe, data: dict[str, Any] | None = None, *, extend: bool = False
+) -> dict[str, Any]:
     """Read a checkpoint of the same recipe; nothing in it is run, only tensors and plain values are read.
 
-    Raises TrainingError for a damaged file, one of a later format, or one of another recipe, naming what differs.
+    Where the file is damaged or missing, the one before it is read, and "damaged" says in words what is wrong with the
+    file; else it is None. data: what identifies the images now, compared where the file knows it. extend: `epochs` and
+    `cooldown_epochs` may be other ones, as long as they are not fewer than are done.
+
+    Raises TrainingError for damaged files, one of a later format, or one of another recipe or other data, naming what
+    differs.
     """
+    damaged = None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        version, saved = content["format"], content["recipe"]
-        content["progress"] = Progress(**content["progress"])
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
-        raise TrainingError(f"{path}: a checkpoint that cannot be read ({error})") from error
-    if version > FORMAT_VERSION:
-        raise TrainingError(f"{path}: format {version}, this package reads up to {FORMAT_VERSION}; update it")
-    now = dataclasses.asdict(recipe)
-    differing = [f"{key} {saved.get(key)!r} -> {now.get(key)!r}" for key in now if saved.get(key) != now[key]]
+        content = _read(path)
+    except _DamagedError as error:
+        damaged = str(error)
+        try:
+            content = _read(previous_of(path))
+        except _DamagedError as second:
+            more = f"; {second}" if previous_of(path).exists() else ""
+            raise TrainingError(f"{damaged}{more}; --fresh begins again, or give another output folder") from error
+    saved, now = content["recipe"], dataclasses.asdict(recipe)
+    longer = ("epochs", "cooldown_epochs") if extend else ()
+    differing = [
+        f"{key} {saved.get(key)!r} -> {now[key]!r}" for key in now if saved.get(key) != now[key] and key not in longer
+    ]
     if differing:
+        only = all(saved.get(key) == now[key] for key in now if key not in ("epochs", "cooldown_epochs"))
         raise TrainingError(
-            f"{path}: belongs to a run of another recipe ({', '.join(differing)}); give another output folder, "
-            "or --fresh to begin again in this one"
+            f"{path}: belongs to a run of another recipe ({', '.join(differing)}); "
+            + ("--extend goes on with it, " if only else "")
+            + "give another output folder, or --fresh to begin again in this one"
         )
+    if content["progress"].epoch > recipe.total_epochs:
+        raise TrainingError(
+            f"{path}: {content['progress'].epoch} epochs are done, more than epochs + cooldown_epochs = "
+            f"{recipe.total_epochs}"
+        )
+    if data is not None and content.get("data") is not None and (what := _other_data(content["data"], data)):
+        raise TrainingError(
+            f"{path}: belongs to a run on other data: {what}; give another output folder, or --fresh to begin again in "
+            "this one"
+        )
+    return {**content, "damaged": damaged}
+
+
+def describe_data(training: Any, validation: Any) -> dict[str, Any]:
+    """What identifies the images of a run: kind, classes, count, and for sources of ours a digest of their names."""
+    return {"training": _describe(training), "validation": _describe(validation)}
+
+
+def weights_of_checkpoint(path: str | os.PathLike[str], *, average: bool = False) -> tuple[dict[str, Tensor], Metadata]:
+    """The network in a run's checkpoint.pt, under our names, and what it is: what `save_weights` would have written.
+
+    average: the exponential average of the parameters in place of the parameters, with the statistics of BatchNorm
+    that were last estimated for it. Nothing in the file is run.
+
+    Raises TrainingError: the file is none of a run, or damaged; it holds no average, or one that was not evaluated
+    yet, so that there are no statistics for it.
+    """
+    path = Path(path)
+    try:
+        content = _read(path)
+    except _DamagedError as error:
+        raise TrainingError(str(error)) from error
+    state = content["model"]
+    if average:
+        if content["average"] is None:
+            raise TrainingError(f"{path}: holds no average, the recipe's average_decay is 0")
+        if not content["progress"].validation:
+            raise TrainingError(f"{path}: its average was not evaluated yet, BatchNorm has no statistics for it")
+        state = content["average"]
+    try:
+        described = content.get("description") or _guessed(content["recipe"], state)
+        metadata = Metadata(**{key: tuple(value) if isinstance(value, list) else value
+                               for key, value in described.items()})  # fmt: skip
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise TrainingError(f"{path}: does not say what network it holds ({type(error).__name__})") from error
+    return state, metadata
+
+
+class _DamagedError(Exception):
+    """A file that is no whole checkpoint of a run."""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the file holds, of the right kinds. Torch's own words are left out: they advise to run what is in it."""
+    try:
+        with open_regular(path) as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        reason = str(error) if isinstance(error, NotRegularError) else f"{path}: {error.strerror or error}"
+        raise _DamagedError(f"{reason}: a checkpoint that cannot be read") from error
+    except pickle.UnpicklingError as error:
+        raise _DamagedError(
+            f"{path}: a checkpoint that cannot be read: damaged, or it holds more than weights and plain values; "
+            "nothing in it was run"
+        ) from error
+    except Exception as error:  # a damaged stream can end in any error of the reader; none of them is ours
+        raise _DamagedError(
+            f"{path}: a checkpoint that cannot be read: empty, cut off or damaged ({type(error).__name__})"
+        ) from error
+    kinds = {"format": int, "recipe": dict, "progress": dict, "model": dict, "optimizer": dict,
+             "average": dict | None}  # fmt: skip
+    if not isinstance(content, dict):
+        raise _DamagedError(f"{path}: a checkpoint that cannot be read: expected a run's, got {type(content).__name__}")
+    for key, kind in kinds.items():
+        if key not in content or not isinstance(content[key], kind):
+            raise _DamagedError(f"{path}: a checkpoint that cannot be read: no checkpoint of a run, {key} is not right")
+    if content["format"] > FORMAT_VERSION:
+        raise TrainingError(f"{path}: format {content['format']}, this package reads up to {FORMAT_VERSION}; update it")
+    try:
+        content["progress"] = Progress(**content["progress"])
+    except TypeError as error:
+        raise _DamagedError(f"{path}: a checkpoint that cannot be read: progress is not right") from error
     return content
+
+
+def _describe(source: Any) -> dict[str, Any]:
+    kind = type(source).__name__
+    digest = source.digest() if hasattr(source, "digest") else None
+    return {"kind": kind, "classes": list(source.classes), "images": len(source), "digest": digest}
+
+
+def _other_data(saved: Any, now: dict[str, Any]) -> str:
+    """What differs, in words; empty for nothing."""
+    for split, told in now.items():
+        before = saved.get(split, {})
+        for key, value in told.items():
+            was = before.get(key)
+            if was == value or was is None:
+                continue
+            if key == "classes":
+                for names, others, word in ((was, value, "had"), (value, was, "has now")):
+                    if extra := sorted(set(names) - set(others)):
+                        return f"{split} {word} the class {extra[0]!r}"
+                return f"the order of the classes in {split}"
+            return f"names or order of the images in {split}" if key == "digest" else f"{split} {key} {was} -> {value}"
+    return ""
+
+
+def _guessed(recipe: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
+    """The description of a checkpoint from before there was one."""
+    in_chans = state["stem.conv.weight"].shape[1]
+    imagenet = in_chans == len(IMAGENET_MEAN)
+    return {
+        "variant": recipe["variant"],
+        "num_classes": state["head.classifier.weight"].shape[0],
+        "in_chans": in_chans,
+        "mean": recipe["mean"] or (IMAGENET_MEAN if imagenet else None),
+        "std": recipe["std"] or (IMAGENET_STD if imagenet else None),
+        "input_size": recipe["evaluation_size"] or int(recipe["sizes"][-1][1]),
+        "crop_fraction": recipe["crop_fraction"],
+    }
