@@ -25,7 +25,7 @@ from mobileformer.files import NotRegularError, open_regular
 from mobileformer.metadata import WeightsError
 from mobileformer.nesting import Contents, find_weights
 
-__all__ = ["open_weights", "read_header", "read_state"]
+__all__ = ["open_weights", "read_header"]
 
 
 def open_weights(path: str | os.PathLike[str], *, average: bool | None = None) -> Contents:
@@ -49,12 +49,6 @@ def open_weights(path: str | os.PathLike[str], *, average: bool | None = None) -
     found = find_weights(_read_torch(path), name=str(path), average=average)
     _check_extents(found.state, str(path))
     return found
-
-
-def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(state dict, text metadata): `open_weights` for whom these are enough."""
-    found = open_weights(path)
-    return found.state, found.header
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:

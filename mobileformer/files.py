@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["NotRegularError", "is_regular", "open_regular", "read_regular", "replacing"]
+__all__ = ["NotRegularError", "is_regular", "open_regular", "read_regular", "replacing", "resting_place"]
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -75,18 +76,36 @@ def _refuse_other_kinds(path: str | os.PathLike[str], mode: int) -> None:
         raise NotRegularError(f"{os.fspath(path)}: expected a regular file, got {kind}")
 
 
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success it is renamed to `path`, on an error it is removed.
+def resting_place(path: str | os.PathLike[str]) -> Path:
+    """The file that is written under this name: where a link points to, which may not be there yet, or the name itself.
 
-    The same folder, so that the rename stays within one file system and is atomic. The file may be read and written by
-    whom the one before allowed, or by whom the process's umask allows; some writers, safetensors among them, would keep
-    it to its owner. Raises what the body raises, and FileNotFoundError when the folder does not exist.
+    A link is somebody's decision where the bytes shall lie, so it stays, and what it points to is replaced. Raises
+    FileNotFoundError when the folder does not exist, NotRegularError for what is there and no regular file, OSError for
+    links in a circle.
     """
     target = Path(path)
+    if target.is_symlink():
+        target = Path(os.path.realpath(target))
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path: the folder {str(target.parent)!r} does not exist")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    if target.exists():
+        _refuse_other_kinds(target, target.stat().st_mode)
+    return target
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary name beside the file; on success it is renamed to it, on an error it is removed.
+
+    The same folder, so that the rename stays within one file system and is atomic; through a link, the folder of what
+    it points to. The file may be read and written by whom the one before allowed, or by whom the process's umask
+    allows; some writers, safetensors among them, would keep it to its owner. Raises what the body raises, and as
+    `resting_place`.
+    """
+    target = resting_place(path)
+    temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(6)}.tmp")  # a name has 255 bytes at most
     try:
         temporary.touch()
         mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)

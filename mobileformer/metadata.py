@@ -160,9 +160,8 @@ def check(metadata: Metadata) -> None:
     if not all(abs(value) <= _LARGEST_VALUE for value in metadata.mean or ()):  # false for NaN
         raise ValueError(f"mean: expected finite numbers up to {_LARGEST_VALUE:g}, got {_numbers(metadata.mean)}")
     if not all(1 / _LARGEST_VALUE <= value <= _LARGEST_VALUE for value in metadata.std or ()):
-        raise ValueError(
-            f"std: expected positive numbers, {1 / _LARGEST_VALUE:g} to {_LARGEST_VALUE:g}, got {_numbers(metadata.std)}"
-        )
+        span = f"{1 / _LARGEST_VALUE:g} to {_LARGEST_VALUE:g}"
+        raise ValueError(f"std: expected positive numbers, {span}, got {_numbers(metadata.std)}")
     crop = metadata.crop_fraction
     if crop is not None and not 0 < crop <= 1:
         raise ValueError(f"crop_fraction: expected a number in (0, 1], got {crop}")

@@ -69,7 +69,9 @@ def find_weights(content: Any, *, name: str, average: bool | None = None) -> Con
     taken = average if average is not None else usable or False not in states
     if taken not in states:
         wanted, other = ("average", "raw") if taken else ("raw", "average")
-        raise WeightsError(f"{name}: holds no {wanted} weights, only {other} ones ({keys[not taken] or 'its top level'})")
+        raise WeightsError(
+            f"{name}: holds no {wanted} weights, only {other} ones ({keys[not taken] or 'its top level'})"
+        )
     if taken and average and not usable:
         raise WeightsError(
             f"{name}: its average ({keys[True]}) has no BatchNorm statistics of its own yet, only the raw weights can "
@@ -160,7 +162,9 @@ def _lacks_statistics(content: Mapping[Any, Any], states: Mapping[bool, Mapping[
         return not content["progress"].get("validation")
     if False in states and not states[False].keys() <= states[True].keys():
         return True
-    counters = {kind: [v for k, v in state.items() if k.endswith("num_batches_tracked")] for kind, state in states.items()}
+    counters = {
+        kind: [v for k, v in state.items() if k.endswith("num_batches_tracked")] for kind, state in states.items()
+    }
     seen = {kind: any(bool((value > 0).any()) for value in values) for kind, values in counters.items()}
     return bool(counters[True]) and not seen[True] and seen.get(False, False)
 

@@ -110,12 +110,22 @@ def build_record(wheel: Path) -> dict:
     return json.loads(zipfile.ZipFile(wheel).read("mf_kernels/_build.json"))
 
 
+def kept_files() -> list[str]:
+    """What belongs to the project: what git has, or in an unpacked archive what that has."""
+    if (ROOT / ".git").exists():
+        listed = must_run("git", "ls-files", "-z", "--cached", cwd=ROOT).split("\0")
+    else:
+        listed = (ROOT / "mobileformer.egg-info" / "SOURCES.txt").read_text().splitlines()
+    return [name for name in listed if (ROOT / name).is_file() and ".egg-info" not in name]
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a tree with an in-place build in it: its products must stay out."""
     tree = tmp_path_factory.mktemp("tree") / "copy"
-    unwanted = (".*", "build", "dist", "*.egg-info", "results", "golden", "__pycache__")
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*unwanted))
+    for name in kept_files():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tree / name)
     (tree / "mf_kernels" / "_cpu.so").write_text("the library of another machine")
     (tree / "mf_kernels" / "_build.json").write_text("{}")
     out = tmp_path_factory.mktemp("sdist")
@@ -185,7 +195,18 @@ def test_sdist_holds_every_source_and_no_product(sdist: Path) -> None:
     wanted |= {p.relative_to(ROOT).as_posix() for p in ROOT.glob("m*/**/*.py")}
     assert any(name.startswith("csrc/cpu/") for name in wanted)
     assert wanted | {"LICENSE", "README.md", "pyproject.toml", "setup.py", "mf_kernels/py.typed"} <= names
+    assert set(kept_files()) <= names, "MANIFEST.in leaves something out"
     assert [name for name in names if name.endswith((".so", "_build.json", ".pyc"))] == []
+
+
+def test_the_tests_of_the_archive_are_whole(source: Path) -> None:
+    """Collected where there is nothing but the archive: a support file that is missing is an ImportError."""
+    found = must_run(
+        sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
+        *(f"tests/{name}.py" for name in ("test_cli_weights", "test_engine", "test_grids", "test_weights")),
+        cwd=source, PYTHONPATH=str(source),
+    )  # fmt: skip
+    assert "tests/test_weights.py::test_published_checkpoint" in found
 
 
 def test_wheel_holds_what_was_built_and_tells_how(wheel: Path) -> None:

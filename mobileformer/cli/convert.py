@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mobileformer.cli.output import CommandError, JsonOption, check_variant, command, print_json, print_table
-from mobileformer.cli.weights import read_labels
+from mobileformer.cli.weights import open_model, read_labels
 
 if TYPE_CHECKING:
     from mobileformer import Metadata, Model
@@ -39,6 +39,12 @@ def convert(
     fold: Annotated[
         bool, typer.Option("--fold", help="Write what inference.Engine runs: norms folded in, no way back.")
     ] = False,
+    weights_of: Annotated[
+        Literal["raw", "average"] | None,
+        typer.Option(
+            help="Which weights of a checkpoint that has both; else the average, if it can be used.", show_default=False
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -47,17 +53,19 @@ def convert(
     With --fold the file is for mobileformer.inference.Engine, which needs no PyTorch: every BatchNorm is folded into
     the layer before it, so it can neither be trained nor converted back.
 
+    IN may be the checkpoint.pt of a training run.
+
     Nothing in a checkpoint is run, only tensors are read. OUT appears whole or not at all.
     """
     with command(as_json):
         to_ours = _writes_ours(target)
-        if labels is not None and not to_ours:
-            raise typer.BadParameter("the published form has no place for class names", param_hint="--labels")
         if fold and not to_ours:
             raise typer.BadParameter("the published form cannot be folded; write .safetensors", param_hint="--fold")
         if target.exists() and not force:
             raise CommandError(f"{target}: exists already; --force overwrites it")
-        report = _convert(source, target, "folded" if fold else "ours" if to_ours else "published", variant, labels)
+        average = None if weights_of is None else weights_of == "average"
+        form = "folded" if fold else "ours" if to_ours else "published"
+        report = _convert(source, target, form, variant, labels, average)
         if as_json:
             print_json(report)
         else:
@@ -77,12 +85,17 @@ def _writes_ours(target: Path) -> bool:
 
 
 def _convert(
-    source: Path, target: Path, form: Literal["ours", "folded", "published"], variant: str | None, labels: Path | None
+    source: Path,
+    target: Path,
+    form: Literal["ours", "folded", "published"],
+    variant: str | None,
+    labels: Path | None,
+    average: bool | None,
 ) -> dict[str, str | int | bool]:
     from mobileformer import save_official_checkpoint, save_weights
     from mobileformer.inference import fold
 
-    model, metadata = _read(source, variant)
+    model, metadata = _read(source, variant, average)
     names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels
     told: dict[str, Any] = {
         "labels": names,
@@ -97,7 +110,7 @@ def _convert(
         elif form == "folded":
             fold(model, **told).save(target)
         else:
-            save_official_checkpoint(model, target)
+            save_official_checkpoint(model, target, **told)
     except (OSError, ValueError) as error:
         raise CommandError(f"{target}: {error}") from error
     return {
@@ -107,24 +120,24 @@ def _convert(
         "variant": metadata.variant,
         "num_classes": metadata.num_classes,
         "in_chans": metadata.in_chans,
-        "labels": form != "published" and names is not None,
+        "labels": names is not None,
     }
 
 
-def _read(source: Path, variant: str | None) -> tuple[Model, Metadata]:
+def _read(source: Path, variant: str | None, average: bool | None) -> tuple[Model, Metadata]:
     import mobileformer
 
     try:
         metadata = mobileformer.read_metadata(source)
         if variant not in (None, metadata.variant):
             raise CommandError(f"{source}: holds the variant {metadata.variant}, --variant says {variant}")
-        return mobileformer.load_model(source), metadata
     except mobileformer.WeightsError as error:
         if variant is None:
             raise CommandError(f"{error} (with --variant NAME: which keys do not fit)") from error
         raise CommandError(_misfits(source, variant) or str(error)) from error
     except OSError as error:
         raise CommandError(str(error)) from error
+    return open_model(source, average=average), metadata
 
 
 def _misfits(source: Path, variant: str) -> str | None:

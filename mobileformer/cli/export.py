@@ -8,23 +8,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mobileformer.cli.output import CommandError, JsonOption, command, note, print_json, print_table
-from mobileformer.cli.weights import open_metadata, open_model
+from mobileformer.cli.weights import WeightsOption, chosen_weights, open_metadata, open_model
 
 if TYPE_CHECKING:
     from mobileformer.export import Report
 
 __all__ = ["export"]
 
+BY_ENDING = {".onnx": "onnx", ".pt2": "torch-export", ".pte": "executorch"}
+
 
 def export(
     target: Annotated[
         Path, typer.Argument(metavar="OUT", help="Ending .onnx, .pt2 (torch-export, aotinductor) or .pte (executorch).")
     ],
-    weights: Annotated[Path, typer.Option(metavar="FILE", help="Weights, ours or published.")],
+    weights: WeightsOption = None,
     to: Annotated[
-        Literal["onnx", "torch-export", "aotinductor", "executorch"],
-        typer.Option(help="The runtime: which file is written."),
-    ] = "onnx",
+        Literal["onnx", "torch-export", "aotinductor", "executorch"] | None,
+        typer.Option(
+            help="The runtime; else by the ending: .onnx onnx, .pt2 torch-export, .pte executorch.", show_default=False
+        ),
+    ] = None,
     size: Annotated[
         int | None,
         typer.Option(
@@ -46,13 +50,23 @@ def export(
     with command(as_json):
         if target.exists() and not force:
             raise CommandError(f"{target}: exists already; --force overwrites it")
-        report = _export(target, weights, to, size, opset, check)
+        runtime = to or _runtime(target)
+        report = _export(target, chosen_weights(weights), runtime, size, opset, check)
         if not check:
             note(f"{target}: not checked: nothing has loaded it yet (--no-check)")
         if as_json:
             print_json(_document(report))
         else:
             _show(report)
+
+
+def _runtime(target: Path) -> str:
+    """What reads a file of this ending. Two runtimes share .pt2: it is the one that needs no compiler."""
+    if target.suffix.lower() not in BY_ENDING:
+        raise typer.BadParameter(
+            f"{target}: expected an ending of {', '.join(BY_ENDING)}, or --to RUNTIME", param_hint="OUT"
+        )
+    return BY_ENDING[target.suffix.lower()]
 
 
 def _export(target: Path, weights: Path, to: str, size: int | None, opset: int | None, check: bool) -> Report:

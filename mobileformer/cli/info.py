@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mobileformer.cli.output import CommandError, JsonOption, command, print_json, print_table
+from mobileformer.cli.output import CommandError, JsonOption, command, note, print_json, print_table
 
 __all__ = ["describe", "describe_weights", "info"]
 
@@ -62,17 +62,24 @@ def describe() -> dict[str, Any]:
 def describe_weights(path: Path) -> dict[str, Any]:
     """What a weight file says of itself, as plain data; what it does not say is None. Raises CommandError."""
     from mobileformer import WeightsError, read_metadata
-    from mobileformer.checkpoint import read_header, read_state
+    from mobileformer.checkpoint import open_weights, read_header
     from mobileformer.inference import folded
 
     try:
         header = read_header(path)
         is_folded = header.get("format") == folded.FORMAT
         metadata = folded.FoldedNetwork.load(path).metadata if is_folded else read_metadata(path)
-        state, _ = read_state(path)
+        contents = open_weights(path)
     except (WeightsError, OSError) as error:
         raise CommandError(str(error)) from error
-    form = "folded for inference" if is_folded else "describes itself" if "format" in header else "published, or bare"
+    if contents.note:
+        note(contents.note)
+    state = contents.state
+    form = "published, or bare"
+    if contents.run:
+        form = "checkpoint of a training run"
+    elif "format" in contents.header:
+        form = "folded for inference" if is_folded else "describes itself"
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point()})
     return {
         "file": str(path),

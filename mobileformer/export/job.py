@@ -18,6 +18,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from mobileformer.export.network import ExportNetwork
+from mobileformer.files import resting_place
 from mobileformer.metadata import Metadata
 
 __all__ = ["TRACED_SMALLEST", "ExportError", "Job", "quietly", "require", "staged", "traced"]
@@ -104,15 +105,13 @@ def staged(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the name of `path` in a temporary folder beside it; on success that gets its place, on an error it is gone.
 
     Unlike with `replacing`, the file bears its own name already: loaders go by its ending, and it is loaded before it
-    is trusted. Raises what the body raises, and FileNotFoundError when the folder of `path` does not exist.
+    is trusted. Through a link, what that points to is replaced. Raises what the body raises, and as `resting_place`.
     """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"path: the folder {str(target.parent)!r} does not exist")
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    target, name = resting_place(path), Path(path).name
+    folder = target.with_name(f".{target.name[:40]}.{secrets.token_hex(6)}.tmp")
     folder.mkdir()
     try:
-        yield folder / target.name
-        os.replace(folder / target.name, target)
+        yield folder / name
+        os.replace(folder / name, target)
     finally:
         shutil.rmtree(folder)
