@@ -16,11 +16,13 @@ import reading
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 INK, FAINT, GRID = "#1f2933", "#616e7c", "#d9dee3"
 GREY, ORANGE, BLUE, SKY, RED = "#a5adb5", "#e69f00", "#0072b2", "#56b4e9", "#d55e00"
 DPI = 160
+HALO = withStroke(linewidth=2, foreground="white")  # around a number that stands on the grid
 VARIANT = "294m"  # the operators' chart is of one network; the page's tables have all
 BARS = {"eager": ("eager, the faster layout", GREY), "compile": ("torch.compile", ORANGE)} | {
     "fused": ("fused", BLUE),
@@ -37,7 +39,11 @@ def draw(stem: str, result: reading.Result, folder: Path) -> list[Path]:
             rows = [row for row in result["rows"] if row["suite"] == suite]
             if rows:
                 figure = {"model": networks, "operators": operators, "race": _race}[suite](rows)
-                written.append(_save(figure, reading.caption(result, brief=True), folder / name))
+                figure.set_dpi(DPI)
+                figure.supxlabel(_caption(result, figure), x=0.01, ha="left", fontsize=7, color=FAINT)
+                if suite == "race":
+                    race.name_points(figure, rows, BLUE, RED)
+                written.append(_save(figure, folder / name))
     return written
 
 
@@ -61,7 +67,7 @@ def networks(rows: list[reading.Row]) -> Figure:
         shown |= _bars(ax, groups, batch=task[1], slots=slots, height=height)
         what = "Inference" if task[0] == "inference" else "Training step"
         side = groups[0][0]["case"].rpartition("x")[2]
-        ax.set_title(f"{what}, batch {task[1]}, {side} × {side}", loc="left", fontsize=9.5)
+        ax.set_title(f"{what}\nbatch {task[1]}, {side} × {side}", loc="left", fontsize=9.5)
         ax.set_xlabel("milliseconds per image")
     handles = [shown[backend] for backend in BARS if backend in shown]
     _head(figure, "Time per image of each network (shorter is faster)", handles)
@@ -82,7 +88,16 @@ def _bars(ax: Axes, groups: list[list[reading.Row]], *, batch: int, slots: int, 
             told = (
                 f"{time:.3g} ms" if backend == "eager" else reading.ratio(reading.speedup(group, row)).replace("x", "×")
             )
-            ax.annotate(told, (time, y), (3, -0.5), textcoords="offset points", va="center", fontsize=7, color=FAINT)
+            ax.annotate(
+                told,
+                (time, y),
+                (3, -0.5),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color=FAINT,
+                path_effects=[HALO],
+            )
     ax.set_yticks(range(len(groups)), [group[0]["variants"] for group in groups])
     ax.set_ylim(slots - 0.5, -0.5)
     ax.margins(x=0.2)
@@ -164,9 +179,11 @@ def _head(figure: Figure, title: str, handles: list[Any]) -> None:
     figure.legend(handles=handles, title=title, loc="outside upper left", ncols=len(handles), **look)
 
 
-def _save(figure: Figure, caption: str, path: Path) -> Path:
-    width = figure.get_size_inches()[0]
-    figure.supxlabel(textwrap.fill(caption, int(width * 17)), x=0.01, ha="left", fontsize=7, color=FAINT)
+def _caption(result: reading.Result, figure: Figure) -> str:
+    return textwrap.fill(reading.caption(result, brief=True), int(figure.get_size_inches()[0] * 17))
+
+
+def _save(figure: Figure, path: Path) -> Path:
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     os.replace(temporary, path)

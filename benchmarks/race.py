@@ -99,20 +99,10 @@ def chart(rows: list[Row], colors: dict[str, str]) -> Figure:
         points = [(time, top1[name]) for name, time in zip(ours, values, strict=True) if time is not None]
         if points:
             ax.plot(*zip(*points, strict=True), style, marker=marker, color=colors[color], label=label, markersize=6)
-    for name, time in zip(ours, lines["Mobile-Former, engine, float32"][0], strict=True):
-        ax.annotate(
-            name, (time, top1[name]), (-4, 7), textcoords="offset points", ha="right", fontsize=8, color=colors["blue"]
-        )
     others = {name: min(of.values()) for name, of in found.items() if name not in ours}
     if others:
         ax.plot(others.values(), [top1[name] for name in others], "D", color=colors["red"], markersize=5)
         ax.lines[-1].set_label("others, float32, the faster of ONNX Runtime and OpenVINO")
-    # where points crowd, labels go to the right, above to the left and below to the right in turn
-    sides = [((6, -3), "left"), ((-2, 8), "right"), ((4, -13), "left")]
-    for index, (name, time) in enumerate(sorted(others.items(), key=lambda item: item[1])):
-        offset, align = sides[index % len(sides)]
-        style = {"textcoords": "offset points", "ha": align, "fontsize": 8, "color": colors["red"]}
-        ax.annotate(name, (time, top1[name]), offset, **style)
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     ticks = [tick for tick in (0.3, 0.5, 0.7, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50) if low <= tick <= high]
@@ -126,3 +116,16 @@ def chart(rows: list[Row], colors: dict[str, str]) -> Figure:
     ax.legend(loc="lower right", frameon=False, fontsize=8)
     ax.set_title("What one thread of this processor can have (up and to the left is better)", loc="left", fontsize=10.5)
     return figure
+
+
+def name_points(figure: Figure, rows: list[Row], ours: str, others: str) -> None:
+    """Write the networks' names beside their points, in two colours, when all else is in the figure."""
+    import labels
+
+    chosen = [row for row in rows if (row["threads"], row["batch"]) == (1, 1)]
+    top1 = {row["variants"]: row["top1"] for row in chosen}
+    names = []
+    for name, of in times(chosen).items():
+        time = of.get(("engine", "float32"))
+        names.append((name, (time or min(of.values()), top1[name]), others if time is None else ours))
+    labels.place(figure.axes[0], names)

@@ -18,7 +18,7 @@ from matplotlib.patches import FancyBboxPatch
 from mobileformer import VARIANTS
 
 VARIANT, SIDE = "294m", 224
-WIDTH, HEIGHT = 12.6, 8.75
+WIDTH, HEIGHT = 12.73, 8.75
 TARGET = Path(__file__).with_name("architecture.png")
 
 INK, FAINT, PLAIN = "#1f2933", "#7b8794", "#eef1f4"

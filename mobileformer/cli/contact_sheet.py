@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from mobileformer.files import replacing
+from mobileformer.visualize.fonts import elided, font_for
 
 __all__ = ["Entry", "draw_contact_sheet"]
 
@@ -32,15 +33,32 @@ def draw_contact_sheet(entries: list[Entry], title: str, target: Path) -> None:
     head = 56
     sheet = Image.new("RGB", (width, head + rows * (_PICTURE + _TEXT + _GAP)), "white")
     pen = ImageDraw.Draw(sheet)
-    large, small = ImageFont.load_default(20), ImageFont.load_default(15)
-    pen.text((_GAP, 18), title, fill=_INK, font=large)
+    _write(pen, _GAP, 18, title, 20, fill=_INK, room=width - 2 * _GAP)
     for index, entry in enumerate(entries):
         x = _GAP + (index % _COLUMNS) * (_PICTURE + _GAP)
         y = head + (index // _COLUMNS) * (_PICTURE + _TEXT + _GAP)
         sheet.paste(entry.image.convert("RGB").resize((_PICTURE, _PICTURE), Image.Resampling.NEAREST), (x, y))
         right = entry.guess == entry.truth
-        guess = f"{entry.guess} {100 * entry.probability:.1f} %"
-        pen.text((x, y + _PICTURE + 6), guess, fill=_RIGHT if right else _WRONG, font=small)
-        pen.text((x, y + _PICTURE + 27), f"is: {entry.truth}", fill=_INK, font=small)
+        colour, share = _RIGHT if right else _WRONG, f" {100 * entry.probability:.1f} %"
+        _write(pen, x, y + _PICTURE + 6, entry.guess, 15, fill=colour, room=_PICTURE, after=share)
+        _write(pen, x, y + _PICTURE + 27, entry.truth, 15, fill=_INK, room=_PICTURE, before="is: ")
     with replacing(target) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    x: int,
+    y: int,
+    name: str,
+    size: int,
+    *,
+    fill: tuple[int, int, int],
+    room: int,
+    before: str = "",
+    after: str = "",
+) -> None:
+    """A line no wider than `room` pixels: of a longer name the middle is left out."""
+    name, font = font_for(name, size)
+    part = elided(name, lambda part: pen.textlength(before + part + after, font=font) <= room)
+    pen.text((x, y), before + part + after, fill=fill, font=font)

@@ -34,10 +34,13 @@ def draw_curves(log: Path, target: Path) -> None:
     plot(axes[0, 0], training, "loss", "training, augmented", linewidth=1, color="#1f77b4")
     plot(axes[0, 0], validation, "loss", "validation", marker="o", markersize=3, color="#d62728")
     axes[0, 0].set(title="Loss (cross-entropy, nats)", ylabel="loss")
+    told = f", {validation[-1]['top1']:.2f} % in the end" if validation else ""
     plot(axes[0, 1], validation, "top1", "validation", marker="o", markersize=3, color="#d62728")
-    axes[0, 1].set(title="Top-1 accuracy", ylabel="per cent")
+    axes[0, 1].set(title=f"Top-1 accuracy{told}", ylabel="per cent")
     plot(axes[1, 0], training, "learning_rate", "learning rate", color="#2ca02c")
-    axes[1, 0].set(title="Learning rate", ylabel="rate", xlabel="epoch", yscale="log")
+    axes[1, 0].set(title="Learning rate", ylabel="rate", xlabel="epoch")
+    if any(row.get("learning_rate", 0) > 0 for row in training):
+        axes[1, 0].set_yscale("log")
     plot(axes[1, 1], training, "images_per_second", "training", color="#9467bd", linewidth=1)
     axes[1, 1].set(title="Speed", ylabel="images / s", xlabel="epoch", ylim=(0, None))
     for axis in axes.flat:
@@ -46,14 +49,5 @@ def draw_curves(log: Path, target: Path) -> None:
     for axis in axes[0]:
         if axis.lines:
             axis.legend(frameon=False)
-    if validation:
-        last = validation[-1]
-        axes[0, 1].annotate(
-            f"{last['top1']:.2f} %",
-            (last["epochs"], last["top1"]),
-            xytext=(-6, -14),
-            textcoords="offset points",
-            ha="right",
-        )
     with replacing(target) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mobileformer.visualize.canvas import new_figure, save_figure
+from mobileformer.visualize.canvas import new_figure, save_figure, use_fonts
+from mobileformer.visualize.fonts import elided, shown
 
 __all__ = ["draw_confusion"]
 
+LONGEST = 28  # letters of a name that are shown
 NAMED = 40  # classes up to which rows have names and cells have numbers
 INK, FAINT = "#1f2933", "#616e7c"
 
@@ -37,6 +39,7 @@ def draw_confusion(
     Raises ImportError where matplotlib is missing, with the extra that brings it.
     """
     classes = len(names)
+    names = [elided(shown(name), lambda part: len(part) <= LONGEST) for name in names]
     side = min(12.0, 4.5 + 0.45 * classes)
     figure = new_figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -48,15 +51,20 @@ def draw_confusion(
     bar = figure.colorbar(mistakes, ax=axes, shrink=0.6, pad=0.02)
     bar.set_label("mistakes, share of the row", color=FAINT)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-    axes.set_title(textwrap.fill(title, int(9 * side)), loc="left", color=INK, fontweight="bold", parse_math=False)
+    letters = int(6.2 * (side + 0.8))  # of a line
+    told = textwrap.fill(elided(shown(title), lambda part: len(part) <= 3 * letters), letters)
+    figure.suptitle(told, x=0.01, ha="left", color=INK, fontweight="bold", parse_math=False)
     axes.set_xlabel("taken for", color=FAINT)
     axes.set_ylabel("is", color=FAINT)
     if classes <= NAMED:
         _name(axes, confusion, names)
-        _number(axes, confusion, shares, worst)
     for edge in axes.spines.values():
         edge.set_visible(False)
     axes.tick_params(length=0, labelcolor=INK)
+    if classes <= NAMED:
+        use_fonts(figure, "".join(names) + shown(title))
+        figure.draw_without_rendering()  # the layout: how large a cell is
+        _number(axes, confusion, shares, worst, cell=axes.get_window_extent().width / figure.dpi * 72 / classes)
     save_figure(figure, path)
 
 
@@ -71,10 +79,14 @@ def _name(axes: Any, confusion: npt.NDArray[np.int64], names: Sequence[str]) -> 
     axes.set_xlabel("taken for, with precision", color=FAINT)
 
 
-def _number(axes: Any, confusion: npt.NDArray[np.int64], shares: npt.NDArray[np.float64], worst: float) -> None:
+def _number(
+    axes: Any, confusion: npt.NDArray[np.int64], shares: npt.NDArray[np.float64], worst: float, *, cell: float
+) -> None:
+    """Counts in the cells, of one size, at which the longest is no wider than `cell` points."""
+    size = min(8.0, cell * 0.7, 0.9 * cell / (0.64 * len(str(confusion.max(initial=0)))))
     for row, column in zip(*np.nonzero(confusion), strict=True):
         dark = shares[row, column] / (1.25 if row == column else worst) > 0.6
-        style = {"color": "white" if dark else INK, "fontsize": 8 if len(confusion) < 25 else 5}
+        style = {"color": "white" if dark else INK, "fontsize": size}
         axes.text(column, row, str(confusion[row, column]), ha="center", va="center", **style)
 
 

@@ -19,7 +19,9 @@ __all__ = ["draw_attention"]
 
 Pixels = npt.NDArray[np.uint8]
 
-TILE, GAP, WIDE_GAP, MARGIN, LABELS, HEADER = 96, 4, 40, 36, 150, 344
+TILE, GAP, WIDE_GAP, MARGIN, LABELS, HEADER, SCALE = 96, 4, 40, 36, 150, 344, 440
+WORDS = 98  # height of what is written beside a block
+HEADINGS = (470, 620)  # width of what is written over the first two sections
 FEW_TOKENS = 4  # up to so many, heads stand side by side; above, one below the other
 
 
@@ -40,8 +42,13 @@ class _Layout:
         return 1 if self.beside else self.heads
 
     @property
+    def pitch(self) -> int:
+        """From the top of one row to that of the next: beside rows of heads stand their names."""
+        return (self.height if self.beside else max(self.height, 50)) + GAP
+
+    @property
     def block_height(self) -> int:
-        return self.rows * (self.height + GAP) + 14
+        return max(self.rows * self.pitch + 14, WORDS)
 
     def section(self, columns: int) -> int:
         """Width of a section with so many tiles a head."""
@@ -51,8 +58,8 @@ class _Layout:
     @property
     def starts(self) -> tuple[int, int, int]:
         first = MARGIN + LABELS
-        second = first + self.section(self.tokens) + WIDE_GAP
-        return first, second, second + self.section(self.tokens + 1) + WIDE_GAP
+        second = first + max(HEADINGS[0], self.section(self.tokens)) + WIDE_GAP
+        return first, second, second + max(HEADINGS[1], self.section(self.tokens + 1)) + WIDE_GAP
 
     @property
     def matrix(self) -> int:
@@ -68,7 +75,7 @@ class _Layout:
         x = self.starts[section] + column * (TILE + GAP)
         if self.beside:
             return x + head * (columns * (TILE + GAP) + 3 * GAP), 0
-        return x, head * (self.height + GAP)
+        return x, head * self.pitch
 
 
 def draw_attention(
@@ -112,15 +119,18 @@ def _header(canvas: Canvas, layout: _Layout, photo: Pixels, title: str, notes: S
     width = min(2 * side, round(side * photo.shape[1] / photo.shape[0]))
     canvas.paste(MARGIN, MARGIN, np.asarray(Image.fromarray(photo).resize((width, side), Image.Resampling.LANCZOS)))
     left = MARGIN + width + 32
-    canvas.write(left, MARGIN - 4, title, 30, weight="bold")
+    room, scale = layout.width - MARGIN - left, layout.width - MARGIN - SCALE
+    canvas.write(left, MARGIN - 4, title, 30, weight="bold", room=room)
     for line, note in enumerate(notes[:5]):
-        canvas.write(left, MARGIN + 46 + 24 * line, note, 17)
-    _scale_bar(canvas, layout.width - MARGIN - 440, MARGIN + 162)
+        beside = MARGIN + 46 + 24 * (line + 1) > MARGIN + 162 - 24  # the scale
+        canvas.write(left, MARGIN + 46 + 24 * line, note, 17, room=scale - 40 - left if beside else room)
+    _scale_bar(canvas, scale, MARGIN + 162)
     into, out, similar = layout.starts
     top = HEADER - 82
     canvas.write(into, top, "Mobile → Former: where each token looks", 19, weight="bold")
     canvas.write(out, top, "Mobile ← Former: which token each position takes from", 19, weight="bold")
-    canvas.write(similar, top, "cosine of\ntokens", 15, weight="bold", linespacing=1.15)
+    canvas.write(similar, top, "cosine of", 15, weight="bold")
+    canvas.write(similar, top + 18, "tokens", 15, weight="bold")
     for section, columns in ((0, layout.tokens), (1, layout.tokens + 1)):
         for head in range(layout.heads if layout.beside else 1):
             if layout.beside:
@@ -152,7 +162,7 @@ def _block(canvas: Canvas, layout: _Layout, top: int, block: BlockAttention, bas
     told = [block.kind, f"reads {places[0]} × {places[1]}"]
     if not layout.beside:
         for head in range(layout.heads):
-            y = top + head * (layout.height + GAP) + layout.height / 2
+            y = top + head * layout.pitch + layout.height / 2
             canvas.write(
                 MARGIN + LABELS - 10, y, f"head {head}", 13, colour=FAINT, rotation=90, ha="center", va="center"
             )
@@ -163,7 +173,7 @@ def _block(canvas: Canvas, layout: _Layout, top: int, block: BlockAttention, bas
         takes = block.former_to_mobile[index].cpu().numpy()
         told.append(f"writes {takes.shape[2]} × {takes.shape[3]}")
         _tiles(canvas, layout, top, 1, shades.relative(takes, 1 / layout.tokens), base, takes)
-    canvas.write(MARGIN, top, block.name, 20, weight="bold")
+    canvas.write(MARGIN, top, block.name, 20, weight="bold", room=LABELS - 20)
     for line, text in enumerate(told if block.kind != "last" else told[1:]):
         canvas.write(MARGIN, top + 28 + 20 * line, text, 14, colour=FAINT)
     _similarity(canvas, layout, top, token_similarity(block.tokens[index : index + 1])[0].cpu())
