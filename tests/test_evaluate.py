@@ -346,3 +346,82 @@ def test_the_parts_of_two_processes_add_up(folder: Path) -> None:
 
     score = evaluate({"fused": model}, halves(), num_classes=len(CLASSES)).scores["fused"]
     np.testing.assert_array_equal(score.confusion, expected(folder))
+
+
+# Part of the classes, and classes without names
+
+
+@pytest.mark.parametrize(
+    ("classes", "num_classes", "present", "order"),
+    [
+        (sorted(map(str, range(12))), 12, None, [0, 1, 10, 11, *range(2, 10)]),
+        (["00", "01", "02"], 3, None, [0, 1, 2]),
+        (["10", "3"], 12, {"10", "3"}, [10, 3]),
+        (["b", "a"], 2, None, [0, 1]),
+        ([f"n{number:08}" for number in range(3)], 3, None, [0, 1, 2]),
+    ],
+)
+def test_classes_of_weights_without_names(
+    classes: list[str], num_classes: int, present: set[str] | None, order: list[int]
+) -> None:
+    assert order_of_classes(classes, None, num_classes, present=present) == order
+
+
+@pytest.mark.parametrize(
+    ("classes", "present", "message"),
+    [
+        (sorted(map(str, range(1, 13))), None, "in the order of text.*which is the first class"),
+        (["a", "b"], {"a", "b"}, "the data has 2 classes, the weights 12 without names: --labels"),
+        (["12", "3"], {"3"}, "the data has 2 classes, the weights 12 without names"),
+        (["n00000001"], {"n00000001"}, "the data has 1 classes"),
+    ],
+)
+def test_classes_that_nobody_can_know(classes: list[str], present: set[str] | None, message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        order_of_classes(classes, None, 12, present=present)
+
+
+def test_a_part_of_the_classes_is_found_by_name() -> None:
+    assert order_of_classes(["c", "a"], ["a", "b", "c"], 3, present={"c", "a"}) == [2, 0]
+    assert order_of_classes(["c", "new"], ["a", "b", "c"], 3, present={"c"}) == [2, 0]
+    with pytest.raises(EvaluationError, match="'new' is a class of the data and none of the weights"):
+        order_of_classes(["c", "new"], ["a", "b", "c"], 3, present={"c", "new"})
+
+
+def test_folders_that_are_numbers(tmp_path: Path) -> None:
+    """A network that knows twelve grey tones by their number."""
+    model = mobileformer.Model("26m", num_classes=12).eval()
+    mobileformer.save_weights(model, tmp_path / "w.safetensors", mean=[0.5] * 3, std=[0.25] * 3, input_size=32)
+    for number in range(12):
+        folder = tmp_path / "data" / "val" / str(number)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32), (20 * number,) * 3).save(folder / "0.png")
+    report = run_json("evaluate", tmp_path / "data", "--weights", tmp_path / "w.safetensors", "--threads", 1)
+    assert report["classes_named_by"] == "data, whose names are the classes' numbers"
+    assert [row["label"] for row in report["classes"]] == list(map(str, range(12)))
+    transform = EvaluationTransform(32, [0.5] * 3, [0.25] * 3)
+    x = torch.from_numpy(np.stack([transform(Image.new("RGB", (32, 32), (20 * n,) * 3)) for n in range(12)]))
+    with torch.no_grad():
+        right = model(x).argmax(1) == torch.arange(12)
+    assert report["results"][0]["top1_correct"] == int(right.sum())
+
+
+def test_part_of_the_classes_and_test_beside_val(folder: Path, tmp_path: Path) -> None:
+    matrix = expected(folder)
+    for split in ("val", "test"):
+        for name in CLASSES[:2] if split == "test" else CLASSES:
+            target = tmp_path / "data" / split / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(folder / "data" / "val" / name)
+    (tmp_path / "data" / "test" / CLASSES[3]).mkdir()
+    arguments = ("--weights", folder / "ours.safetensors", "--threads", 1)
+    report = run_json("evaluate", tmp_path / "data", *arguments, "--split", "test")
+    assert report["images"] == 2 * IMAGES_OF_CLASS
+    assert report["images_from"] == str(tmp_path / "data" / "test")
+    assert report["results"][0]["top1_correct"] == matrix[0, 0] + matrix[1, 1]
+    whole = run_json("evaluate", tmp_path / "data", *arguments)
+    assert (whole["images"], whole["images_from"]) == (matrix.sum(), str(tmp_path / "data" / "val"))
+    alone = run_json("evaluate", tmp_path / "data" / "test", *arguments, "--split", "all")
+    assert alone["results"][0]["top1_correct"] == report["results"][0]["top1_correct"]
+    said = run("evaluate", tmp_path / "data", *arguments, "--split", "test").stderr
+    assert f"no images of {len(CLASSES) - 2} classes, which count for nothing" in said

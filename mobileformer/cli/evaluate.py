@@ -42,7 +42,9 @@ def evaluate(
         str, typer.Argument(metavar="DATA", help="Image folder, folder of IDX files, or shards, as for train.")
     ],
     weights: WeightsOption = None,
-    split: Annotated[Literal["train", "val"], typer.Option(help="Which images.")] = "val",
+    split: Annotated[
+        Literal["train", "val", "test", "all"], typer.Option(help="Which images; all: of class folders alone.")
+    ] = "val",
     batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images in one call of the network.")] = 64,
     size: SizeOption = None,
     path: Annotated[
@@ -98,13 +100,14 @@ def evaluate(
 
 
 def _run(
-    data: str, weights: Path, *, split: Literal["train", "val"], batch: int, size: int | None,
+    data: str, weights: Path, *, split: Literal["train", "val", "test", "all"], batch: int, size: int | None,
     paths: tuple[str, ...], confusion: Path | None, labels: Path | None, device: str, workers: int,
     threads: int | None, max_broken: int,
 ) -> dict[str, Any]:  # fmt: skip
     import torch
 
     from mobileformer.data import DataError, EvaluationTransform, evaluation_batches, open_source
+    from mobileformer.data.base import place
     from mobileformer.evaluation import EvaluationError, order_of_classes
     from mobileformer.evaluation import evaluate as run
     from mobileformer.inference.threads import thread_count
@@ -113,8 +116,9 @@ def _run(
     view = input_view(metadata, weights, size)
     names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels
     try:
-        source = open_source(data, split, channels=metadata.in_chans)
-        order = order_of_classes(source.classes, names, metadata.num_classes)
+        source = open_source(data, split, channels=metadata.in_chans, partial=True)
+        present = getattr(source, "present", None)
+        order = order_of_classes(source.classes, names, metadata.num_classes, present=present)
         transform = EvaluationTransform(view.size, view.mean, view.std, crop_fraction=view.crop_fraction)
         loaded = evaluation_batches(source, transform, batch_size=batch, workers=workers)
         start = time.perf_counter()
@@ -129,7 +133,12 @@ def _run(
         seconds = time.perf_counter() - start
     except (DataError, EvaluationError, ImportError, OSError) as error:
         raise CommandError(f"{data}: {error}" if isinstance(error, EvaluationError) else str(error)) from error
-    names = names or source.classes
+    by = "--labels" if labels else "weights" if metadata.labels else "data, in its order"
+    if names is None:
+        placed = dict(zip(order, source.classes, strict=True))
+        names = [placed.get(index, str(index)) for index in range(metadata.num_classes)]
+        if order != list(range(metadata.num_classes)):
+            by = "data, whose names are the classes' numbers"
     told = {
         "data": data,
         "split": split,
@@ -140,7 +149,8 @@ def _run(
         "batch": batch,
         "device": device,
         "threads": threads or torch.get_num_threads(),
-        "classes_named_by": "--labels" if labels else "weights" if metadata.labels else "data, in its order",
+        "images_from": place(source),
+        "classes_named_by": by,
         **_described(report, names, seconds),
     }
     if confusion is not None:
@@ -257,6 +267,11 @@ def _show(report: dict[str, Any]) -> None:
                 for row in report["agreement"]
             ],
         )
+    note(f"images of {report['images_from']}")
+    without = [row["label"] for row in report["classes"] if not row["images"]]
+    if without:
+        more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+        note(f"no images of {len(without)} classes, which count for nothing: {', '.join(without[:5])}{more}")
     _show_classes(report)
     for message in report["broken"][:MOST]:
         note(f"broken image left out: {message}")

@@ -29,7 +29,7 @@ def train(
         str,
         typer.Argument(
             metavar="DATA",
-            help="Image folder (train/ and val/ by class), folder of IDX files, or webdataset shards.",
+            help="Image folder (train/ and val/ by class, or class folders alone), IDX files, or webdataset shards.",
         ),
     ],
     recipe: Annotated[
@@ -54,6 +54,9 @@ def train(
     save_minutes: Annotated[float, typer.Option(min=0, help="Between checkpoints inside an epoch.")] = 10.0,
     max_broken: Annotated[int, typer.Option(min=0, help="Unreadable images before the run ends.")] = 100,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again where DIR holds a run.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Go on with DIR's run where epochs or cooldown_epochs are set higher.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a network. The same command goes on with a run that was stopped, at the very update.
@@ -68,14 +71,14 @@ def train(
         device = check_device(device)
         result = _train(
             data, recipe, output, values or [], weights, device, fused=fused, workers=workers, threads=threads,
-            save_minutes=save_minutes, max_broken=max_broken, fresh=fresh,
+            save_minutes=save_minutes, max_broken=max_broken, fresh=fresh, extend=extend,
         )  # fmt: skip
         if result is None:
             return
         if as_json:
             print_json({"output": str(output), **result})
         else:
-            shown = ("variant", "top1", "top5", "loss", "best_top1", "best_epoch", "epochs", "seconds")
+            shown = ("variant", "top1", "top5", "loss", "best_top1", "best_epoch", "epochs", "seconds", "validation")
             rows = [(key, f"{result[key]:.4g}" if isinstance(result[key], float) else result[key]) for key in shown]
             print_table(str(output), ("what", "is"), rows)
 
@@ -83,6 +86,7 @@ def train(
 def _train(
     data: str, name: str, output: Path, values: list[str], weights: Path | None, device: str, *, fused: bool,
     workers: int, threads: int | None, save_minutes: float, max_broken: int, fresh: bool,
+    extend: bool,
 ) -> dict[str, Any] | None:  # fmt: skip
     """The result, or None in any process but the first."""
     import torch
@@ -99,7 +103,7 @@ def _train(
         validation = open_source(data, "val", channels=channels)
         options = Options(
             output=output, weights=weights, use_fused=fused, workers=workers, save_minutes=save_minutes,
-            max_broken=max_broken, fresh=fresh,
+            max_broken=max_broken, fresh=fresh, extend=extend,
         )  # fmt: skip
         with join(device) as world:
             result = train(training, validation, recipe, options, world)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from PIL import Image
 
 from mobileformer.data.image import MODES
 
-__all__ = ["MODES", "ArraySource", "DataError", "Source", "Split", "check_channels"]
+__all__ = ["MODES", "ArraySource", "DataError", "Source", "Split", "check_channels", "place"]
 
 Split = Literal["train", "val", "test", "all"]
 
@@ -89,15 +89,16 @@ class ArraySource:
         image = Image.fromarray(self.images[index])
         return (image if self._convert is None else image.convert(self._convert)), self.labels[index]
 
-    @property
-    def present(self) -> frozenset[str]:
-        """The classes that have images."""
-        return frozenset(self.classes[label] for label in set(self.labels))
-
     def digest(self) -> str:
         """Of the labels and the images' sizes."""
         labels = np.asarray(self.labels, np.int64).tobytes()
         return hashlib.sha256(repr(self.images.shape).encode() + labels).hexdigest()
+
+
+def place(source: Any) -> str:
+    """Where a source's images are from, in words; names that are no text escaped."""
+    name = getattr(source, "name", None)
+    return (name if isinstance(name, str) else type(source).__name__).encode(errors="backslashreplace").decode()
 
 
 def check_channels(channels: int | None) -> int | None:

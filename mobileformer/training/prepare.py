@@ -19,7 +19,7 @@ from mobileformer.training.recipe import Recipe
 from mobileformer.training.state import TrainingError
 from mobileformer.weights import load_weights, read_metadata
 
-__all__ = ["check_data", "evaluation_transform", "make_model", "normalisation", "place", "training_transform"]
+__all__ = ["check_data", "evaluation_transform", "make_model", "normalisation", "training_transform"]
 
 _MEASURED_IMAGES = 2000
 
@@ -86,12 +86,6 @@ def check_data(training: Any, validation: Any, recipe: Recipe) -> None:
             f"({recipe.slots} x micro_batch = {recipe.micro_batch}); set both keys lower, e.g. --set global_batch="
             f"{max(2, len(training) // 2)} --set micro_batch={max(2, len(training) // 2)}"
         )
-
-
-def place(source: Any) -> str:
-    """Where a source's images are from, in words; names that are no text escaped."""
-    name = getattr(source, "name", None)
-    return (name if isinstance(name, str) else type(source).__name__).encode(errors="backslashreplace").decode()
 
 
 def normalisation(recipe: Recipe, source: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -10,11 +10,10 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mobileformer.config import VARIANTS
-from mobileformer.files import replacing
+from mobileformer.config import MIN_SIZE, VARIANTS
+from mobileformer.files import read_regular, replacing
 
 __all__ = ["Recipe", "RecipeError", "read_recipe", "recipe_names", "write_recipe"]
 
@@ -112,9 +111,9 @@ class Recipe:
                 low, high = _RANGES[key]
                 numbers = value if isinstance(value, list) else [value]
                 if not all(low <= number <= high for number in numbers):
-                    raise RecipeError(f"{key}: expected {low} to {high}, got {value}")
+                    raise RecipeError(f"{key}: expected {low:g} to {high:g}, got {_shown(value)}")
         if self.variant and self.variant not in VARIANTS:
-            raise RecipeError(f"variant: expected one of {', '.join(VARIANTS)}, got {self.variant!r}")
+            raise RecipeError(f"variant: expected one of {', '.join(VARIANTS)}, got {_shown(self.variant)}")
         if self.warmup_epochs > self.epochs:
             raise RecipeError(f"warmup_epochs: expected at most epochs = {self.epochs}, got {self.warmup_epochs}")
         if self.global_batch % self.micro_batch:
@@ -124,19 +123,26 @@ class Recipe:
         for key in ("crop_scale", "crop_ratio"):
             pair = getattr(self, key)
             if len(pair) != 2 or pair[0] > pair[1]:
-                raise RecipeError(f"{key}: expected two rising numbers, got {pair}")
+                raise RecipeError(f"{key}: expected two rising numbers, got {_shown(pair)}")
         if len(self.mean) != len(self.std):
-            raise RecipeError(f"mean, std: expected as many of one as of the other, got {self.mean} and {self.std}")
+            raise RecipeError(
+                f"mean, std: expected as many of one as of the other, got {len(self.mean)} and {len(self.std)}"
+            )
         self._check_sizes()
 
     def _check_sizes(self) -> None:
-        shape = all(len(pair) == 2 and 0 <= pair[0] < 1 and pair[1] >= 32 and pair[1] % 1 == 0 for pair in self.sizes)
+        shape = all(
+            len(pair) == 2 and 0 <= pair[0] < 1 and MIN_SIZE <= pair[1] <= MAX_SIZE and pair[1] % 1 == 0
+            for pair in self.sizes
+        )
         starts = [pair[0] for pair in self.sizes]
         if not self.sizes or not shape or starts[0] != 0 or starts != sorted(set(starts)):
             raise RecipeError(
                 "sizes: expected [[0, side], [share of the epochs, side], ..] with rising shares below 1 and sides "
-                f"of at least 32, got {self.sizes}"
+                f"of {MIN_SIZE} to {MAX_SIZE}, got {_shown(self.sizes)}"
             )
+        if self.evaluation_size and self.evaluation_size < MIN_SIZE:
+            raise RecipeError(f"evaluation_size: expected 0 or at least {MIN_SIZE}, got {self.evaluation_size}")
 
     @property
     def slots(self) -> int:
@@ -157,37 +163,42 @@ class Recipe:
         return int([side for start, side in self.sizes if epoch >= start * self.total_epochs][-1])
 
 
-_ANY = math.inf
+# Bounds that no run comes near, but numbers that are not meant: sizes and counts that would take all memory, rates
+# that no float32 holds.
+MAX_SIZE = 4096
+_RATE, _COUNT = 1e38, 2**20
+_LARGEST = 2**20  # bytes of a recipe
 _RANGES = {
-    "epochs": (1, _ANY),
-    "warmup_epochs": (0, _ANY),
-    "cooldown_epochs": (0, _ANY),
-    "global_batch": (1, _ANY),
-    "micro_batch": (1, _ANY),
-    "learning_rate": (0, _ANY),
-    "warmup_learning_rate": (0, _ANY),
-    "minimum_learning_rate": (0, _ANY),
-    "weight_decay": (0, _ANY),
+    "epochs": (1, _COUNT),
+    "warmup_epochs": (0, _COUNT),
+    "cooldown_epochs": (0, _COUNT),
+    "global_batch": (1, _COUNT),
+    "micro_batch": (1, _COUNT),
+    "learning_rate": (0, _RATE),
+    "warmup_learning_rate": (0, _RATE),
+    "minimum_learning_rate": (0, _RATE),
+    "weight_decay": (0, _RATE),
     "beta1": (0, 1 - 1e-9),
     "beta2": (0, 1 - 1e-9),
     "epsilon": (1e-30, 1),
-    "clip_norm": (0, _ANY),
+    "clip_norm": (0, _RATE),
     "label_smoothing": (0, 1),
-    "mixup": (0, _ANY),
+    "mixup": (0, 1000),
     "dropout": (0, 1 - 1e-9),
     "drop_path": (0, 1 - 1e-9),
     "average_decay": (0, 1 - 1e-9),
-    "average_images": (1, _ANY),
+    "average_images": (1, 2**31),
     "crop_scale": (1e-4, 1),
     "crop_ratio": (1e-2, 1e2),
-    "shift": (0, _ANY),
+    "shift": (0, MAX_SIZE),
     "flip": (0, 1),
     "erase": (0, 1),
-    "std": (1e-6, _ANY),
-    "evaluation_size": (0, _ANY),
+    "mean": (-1000, 1000),
+    "std": (1e-6, 1000),
+    "evaluation_size": (0, MAX_SIZE),
     "crop_fraction": (0.01, 1),
-    "evaluate_every": (1, _ANY),
-    "seed": (0, 2**63 - 1),
+    "evaluate_every": (1, _COUNT),
+    "seed": (0, 2**32 - 1),
 }
 
 
@@ -205,8 +216,8 @@ def read_recipe(name_or_path: str | os.PathLike[str], overrides: Iterable[str] |
     text = _text_of(name_or_path)
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{name_or_path}: not a TOML file: {error}") from error
+    except (ValueError, RecursionError) as error:  # besides TOML's own, int's for 5000 digits
+        raise RecipeError(f"{name_or_path}: not a TOML file: {_one_line(error)}") from error
     given = dict(overrides) if isinstance(overrides, Mapping) else dict(map(_parsed, overrides))
     known = [each.name for each in dataclasses.fields(Recipe)]
     for key in (*values, *given):
@@ -235,8 +246,8 @@ def _text_of(name_or_path: str | os.PathLike[str]) -> str:
     if not name.endswith(".toml"):
         raise RecipeError(f"recipe: expected one of {', '.join(recipe_names())}, or a .toml file, got {name!r}")
     try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(name, _LARGEST).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{name}: {error}") from error
 
 
@@ -248,22 +259,40 @@ def _parsed(assignment: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), text.strip()
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{key.strip()}: cannot be read as a value: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).splitlines()[0].split("; use sys.")[0]
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: integers of more than 4300 digits have no text at all."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "an integer of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _converted(key: str, kind: Any, value: Any) -> Any:
     """`value` as the key's type, where nothing is lost by it."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise RecipeError(f"{key}: expected one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
+            raise RecipeError(f"{key}: expected one of {', '.join(map(repr, get_args(kind)))}, got {_shown(value)}")
         return value
     if get_origin(kind) is list:
         if not isinstance(value, list | tuple):
-            raise RecipeError(f"{key}: expected a list, got {value!r}")
+            raise RecipeError(f"{key}: expected a list, got {_shown(value)}")
         return [_converted(key, get_args(kind)[0], each) for each in value]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise RecipeError(f"{key}: expected a float, got {_shown(value)}") from None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise RecipeError(f"{key}: expected {kind.__name__}, got {value!r}")
+        raise RecipeError(f"{key}: expected {kind.__name__}, got {_shown(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{key}: expected a finite number, got {value!r}")
     return value

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mf_kernels
+from mobileformer.data.base import place
 from mobileformer.data.loading import evaluation_batches, steps_per_epoch, training_batches
 from mobileformer.evaluation import ranks_of
 from mobileformer.files import replacing
@@ -33,7 +34,6 @@ from mobileformer.training.prepare import (
     evaluation_transform,
     make_model,
     normalisation,
-    place,
     training_transform,
 )
 from mobileformer.training.recipe import Recipe, write_recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -190,6 +191,10 @@ def _read(path: Path) -> dict[str, Any]:
     """What the file holds, of the right kinds. Torch's own words are left out: they advise to run what is in it."""
     try:
         with open_regular(path) as file:
+            with zipfile.ZipFile(file) as archive:  # torch writes checksums, and does not look at them again
+                if wrong := archive.testzip():
+                    raise zipfile.BadZipFile(f"checksum of {wrong}")
+            file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         reason = str(error) if isinstance(error, NotRegularError) else f"{path}: {error.strerror or error}"
