@@ -17,7 +17,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.h %.cuh %.cpp %.cu,$(SOURCES))
-INSTALL := $(BIN)/pip install -qq --no-build-isolation --editable
+# editable_mode=compat puts the checkout on the path by a plain line, which pyright and other readers of code follow.
+INSTALL := $(BIN)/pip install -qq --no-build-isolation --config-settings editable_mode=compat --editable
 
 .PHONY: help venv build demo test coverage lint format audit bench gpu clean
 

@@ -38,7 +38,7 @@ __all__ = [
 FORMAT = "mobileformer"
 FORMAT_VERSION = 1
 _NEW_HEAD = ("head.classifier.weight", "head.classifier.bias")
-_HINTS = dict.fromkeys(_NEW_HEAD, " (allow_new_head=True keeps the model's own last layer)")
+_HINTS: dict[str, str] = dict.fromkeys(_NEW_HEAD, " (allow_new_head=True keeps the model's own last layer)")
 _HINTS["stem.conv.weight"] = " (allow_new_channels=True adapts it to other channels)"
 _STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CLASSES_KEY, _CHANNELS_KEY = "head.classifier.weight", "stem.conv.weight"

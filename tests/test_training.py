@@ -175,9 +175,6 @@ def test_frozen_features_stay(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
-    save_weights(Model("26m", num_classes=5), tmp_path / "colour.safetensors")
-    with pytest.raises(TrainingError, match="takes 3 channels, the data has 1"):
-        run(tmp_path / "run", tiny(), weights=tmp_path / "colour.safetensors")
     save_weights(Model("26m", num_classes=5, in_chans=1), tmp_path / "grey.safetensors")
     with pytest.raises(TrainingError, match=r"variant: the recipe says 52m, .*grey\.safetensors holds 26m"):
         run(tmp_path / "run", tiny(variant="52m"), weights=tmp_path / "grey.safetensors")
