@@ -16,7 +16,7 @@ import pytest
 from data_support import encoded, idx, picture, write_folder, write_idx, write_shard
 from PIL import Image
 
-from mobileformer.data import DataError, FolderSource, ImageError, decode_image, find_images, open_source
+from mobileformer.data import DataError, ImageError, decode_image, find_images, open_source
 
 
 def moved(root: Path, **names: str) -> Path:
@@ -77,7 +77,7 @@ def test_folders_of_classes_alone_are_split_the_same_way_at_every_call(tmp_path:
     training, validation, whole = (opened(root, split) for split in ("train", "val", "all"))
     assert (len(training), len(validation), len(whole)) == (16, 4, 20)
 
-    def shown(source: FolderSource) -> list[tuple[int, int]]:
+    def shown(source: Any) -> list[tuple[int, int]]:
         return [(source[index][0].getpixel((0, 0))[0], source[index][1]) for index in range(len(source))]
 
     assert sorted(shown(training) + shown(validation)) == sorted(shown(whole))

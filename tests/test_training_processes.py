@@ -134,7 +134,7 @@ def test_wrong_use_is_one_line(data: Path, tmp_path: Path) -> None:
     for more, message in (
         (("--set", "epoch=3"), "epoch: no such key in a recipe"),
         (("--weights", str(tmp_path / "none.safetensors")), "none.safetensors"),
-        (("--set", "global_batch=4000"), "48 samples are too few"),
+        (("--set", "global_batch=4000"), "global_batch: 48 training images are fewer than the 4000 of one update"),
     ):
         process = start(data, tmp_path / "run", *more)
         _, error = process.communicate(timeout=60)

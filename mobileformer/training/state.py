@@ -176,8 +176,8 @@ def weights_of_checkpoint(path: str | os.PathLike[str], *, average: bool = False
         state = content["average"]
     try:
         described = content.get("description") or _guessed(content["recipe"], state)
-        metadata = Metadata(**{key: tuple(value) if isinstance(value, list) else value
-                               for key, value in described.items()})  # fmt: skip
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in described.items()}
+        metadata = Metadata(**values)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise TrainingError(f"{path}: does not say what network it holds ({type(error).__name__})") from error
     return state, metadata
