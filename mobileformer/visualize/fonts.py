@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from PIL import ImageFont, features
 
@@ -131,7 +132,8 @@ def _open(path: str) -> ImageFont.FreeTypeFont | None:
 def _glyph(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, letter: str) -> bool:
     """Whether a font draws this letter as something else than its box, and as something at all."""
     try:
-        mask, box = font.getmask(letter), font.getmask(_MISSING)
+        mask: Any = font.getmask(letter)
+        box: Any = font.getmask(_MISSING)
     except (OSError, UnicodeError):  # a bitmap font knows Latin-1 alone
         return False
     return mask.getbbox() is not None and (mask.size, bytes(mask)) != (box.size, bytes(box))
