@@ -76,7 +76,7 @@ def write(text: str) -> None:
 def note(message: str) -> None:
     """A line for the person watching, on standard error."""
     with contextlib.suppress(OSError):  # nobody watches
-        sys.stderr.write("\n".join(map(printable, message.split("\n"))) + "\n")
+        sys.stderr.write(printable(message) + "\n")
         sys.stderr.flush()
 
 
