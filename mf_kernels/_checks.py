@@ -35,7 +35,7 @@ def epsilon(op: str, value: Any) -> None:
     """What is added to a variance: a number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: eps: expected a number, got {value!r:.80}")
-    if not value >= 0:
+    if not float(value) >= 0:
         raise ValueError(f"{op}: eps: expected at least 0, got {value!r}")
 
 

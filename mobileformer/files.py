@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -101,8 +102,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The same folder, so that the rename stays within one file system and is atomic; through a link, the folder of what
     it points to. The file may be read and written by whom the one before allowed, or by whom the process's umask
-    allows; some writers, safetensors among them, would keep it to its owner. Raises what the body raises, and as
-    `resting_place`.
+    allows; some writers, safetensors among them, would keep it to its owner. Raises as `resting_place`, and what the
+    body raises; where that is the system's refusal, as of a full disk, always an OSError that names the file, whatever
+    a writer makes of it.
     """
     target = resting_place(path)
     temporary = target.with_name(f".{target.name[:40]}.{secrets.token_hex(6)}.tmp")  # a name has 255 bytes at most
@@ -110,8 +112,29 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.touch()
         mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
         temporary.unlink()
-        yield temporary
+        try:
+            yield temporary
+        except Exception as error:
+            number = _system_error(error)
+            if number is None or getattr(error, "filename", None) is not None:
+                raise
+            raise OSError(number, os.strerror(number), str(target)) from error
         temporary.chmod(mode)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The system's error number behind what a writer raised, None where there is none.
+
+    safetensors says it in words, "(os error 28)"; torch's writer not at all: it notes that a file did not grow.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen.errno
+        if found := re.search(r"\(os error (\d+)\)", str(seen)):
+            return int(found[1])
+        seen = seen.__cause__ or seen.__context__
+    return errno.ENOSPC if re.search(r"inline_container|PytorchStreamWriter", str(error)) else None

@@ -37,7 +37,7 @@ __all__ = [
 
 FORMAT = "mobileformer"
 FORMAT_VERSION = 1
-_NEW_HEAD = ("head.classifier.weight", "head.classifier.bias")
+_NEW_HEAD: tuple[str, ...] = ("head.classifier.weight", "head.classifier.bias")
 _HINTS: dict[str, str] = dict.fromkeys(_NEW_HEAD, " (allow_new_head=True keeps the model's own last layer)")
 _HINTS["stem.conv.weight"] = " (allow_new_channels=True adapts it to other channels)"
 _STORED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mobileformer.cli.output import CommandError, JsonOption, command, note, print_json, print_table
+from mobileformer.cli.output import MAX_SIZE, CommandError, JsonOption, command, note, print_json, print_table
 from mobileformer.cli.weights import WeightsOption, chosen_weights, open_metadata, open_model
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def export(
     size: Annotated[
         int | None,
         typer.Option(
-            min=32, help="Side of the image that is traced; of executorch the largest; else the weights' own, or 224."
+            min=32,
+            max=MAX_SIZE,
+            help="Side of the image that is traced; of executorch the largest; else the weights' own, or 224.",
         ),
     ] = None,
     opset: Annotated[int | None, typer.Option(min=18, max=25, help="Of ONNX; 20.", show_default=False)] = None,
@@ -50,6 +52,8 @@ def export(
     with command(as_json):
         if target.exists() and not force:
             raise CommandError(f"{target}: exists already; --force overwrites it")
+        if not target.absolute().parent.is_dir():
+            raise CommandError(f"{target}: the folder {target.parent} does not exist")
         runtime = to or _runtime(target)
         report = _export(target, chosen_weights(weights), runtime, size, opset, check)
         if not check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -45,7 +46,7 @@ def prepare_streams() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     write("")  # refuses a closed one now
 
@@ -76,7 +77,7 @@ def write(text: str) -> None:
 def note(message: str) -> None:
     """A line for the person watching, on standard error."""
     with contextlib.suppress(OSError):  # nobody watches
-        sys.stderr.write("\n".join(map(printable, message.split("\n"))) + "\n")
+        sys.stderr.write(printable(message) + "\n")
         sys.stderr.flush()
 
 

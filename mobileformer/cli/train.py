@@ -24,6 +24,12 @@ from mobileformer.cli.output import (
 __all__ = ["train"]
 
 
+def _number(value: float) -> float:
+    if value != value:  # NaN, which no bound excludes
+        raise typer.BadParameter("expected a number")
+    return value
+
+
 def train(
     data: Annotated[
         str,
@@ -51,7 +57,9 @@ def train(
     threads: Annotated[
         int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads of a process; else PyTorch's choice.")
     ] = None,
-    save_minutes: Annotated[float, typer.Option(min=0, help="Between checkpoints inside an epoch.")] = 10.0,
+    save_minutes: Annotated[
+        float, typer.Option(min=0, max=1e6, callback=_number, help="Between checkpoints inside an epoch.")
+    ] = 10.0,
     max_broken: Annotated[int, typer.Option(min=0, help="Unreadable images before the run ends.")] = 100,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again where DIR holds a run.")] = False,
     extend: Annotated[
