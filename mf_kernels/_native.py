@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent
+INTERFACE = 1  # as csrc/common/interface.h: grows with every change of a schema, so that no older library is called
+REBUILD = "build it anew with `python setup.py build_ext --inplace`, or install the package again"
 _loaded: set[str] = set()
 
 
@@ -27,12 +30,14 @@ def load(device: str) -> str | None:
         if record.get("built"):
             return f"{path.name} was built and is no longer there"
         return f"{path.name} was not built ({record.get('reason') or 'no build record'})"
+    if not _is_ours(path, device):
+        return f"{path.name} does not load: it is not the library of this version of the package; {REBUILD}"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         built = build_record().get("torch", "an unknown torch")
         told = error.__cause__ or error  # torch says only that it could not, the loader says why
-        return f"{path.name} does not load: built with torch {built}, have {torch.__version__}: {told}"
+        return f"{path.name} does not load: built with torch {built}, have {torch.__version__}: {told}; {REBUILD}"
     asked = os.environ.get("MF_KERNELS_ISA")
     if device == "cpu" and asked:
         try:
@@ -43,16 +48,30 @@ def load(device: str) -> str | None:
     return None
 
 
+def _is_ours(path: Path, device: str) -> bool:
+    """Whether the file says that it was compiled for these schemas. Read, not loaded: loading would register it."""
+    wanted = f"mf_kernels _{device} interface {INTERFACE}.".encode()
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(wanted) >= 0
+    except (OSError, ValueError):  # it cannot be read, or is empty
+        return False
+
+
 @functools.cache
 def build_record() -> dict[str, Any]:
     """What the build wrote down beside the libraries: compiler, versions, flags, and why a library is missing."""
-    path = FOLDER / "_build.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        record = json.loads((FOLDER / "_build.json").read_text())
+    except (OSError, ValueError, RecursionError):  # none, or a damaged one
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("libraries", {}), dict) else {}
 
 
 def library_record(device: str) -> dict[str, Any]:
     """The build's row for one library: `built`, `reason`, `compiler`, `flags`; empty where nothing was recorded."""
-    return build_record().get("libraries", {}).get(f"mf_kernels._{device}", {})
+    row = build_record().get("libraries", {}).get(f"mf_kernels._{device}", {})
+    return row if isinstance(row, dict) else {}
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from kernel_support import python
 import mobileformer
 from mobileformer import Model
 from mobileformer.inference import Engine, FoldedNetwork, fold, library
+from mobileformer.inference.threads import most_threads, thread_count
 from mobileformer.measure import lively_weights_
 
 pytestmark = needs_engine
@@ -382,3 +383,45 @@ def test_a_folded_network_may_be_made_by_hand(run: Engine) -> None:
     again = FoldedNetwork(network.metadata, {name: np.asfortranarray(a) for name, a in network.arrays.items()})
     x = image(1, 64, 64)
     np.testing.assert_array_equal(Engine(again)(x), run(x))
+
+
+def test_more_threads_than_make_sense_are_refused(path: Path) -> None:
+    """A thousand would wait for each other at every layer."""
+    for threads in (most_threads() + 1, 10**30):
+        with pytest.raises(ValueError, match=rf"^threads: expected an integer of at most {most_threads()} on this"):
+            Engine(path, threads=threads)
+        with pytest.raises(ValueError, match=r"^threads: expected an integer of at most"):
+            Model("26m").to_inference(threads=threads)
+        with pytest.raises(ValueError, match=r"^threads: expected an integer of at most"), thread_count(threads):
+            pass
+
+
+def test_threads_that_the_system_refuses_are_an_error_and_leave_none_behind(path: Path) -> None:
+    """In a process that may have less address space than the stacks of all of them take."""
+    code = (
+        WITHOUT_TORCH
+        + """
+import resource, threading
+Engine(sys.argv[1], threads=1)(x)
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (200 << 20), in_use + (200 << 20)))
+for _ in range(3):
+    try:
+        Engine(sys.argv[1], threads=64)
+    except RuntimeError as error:
+        print(error)
+    for _ in range(1000):
+        if threads() == before: break
+        time.sleep(0.01)
+    assert threads() == before, threads()
+print(Engine(sys.argv[1], threads=2)(x).shape)
+"""
+    )
+    done = python(code, str(path))
+    assert done.returncode == 0, done.stderr
+    *told, shape = done.stdout.splitlines()
+    assert len(told) == 3
+    assert all(line.startswith("threads: the system gave ") and " of 64: " in line for line in told)
+    assert shape == "(2, 1000)"

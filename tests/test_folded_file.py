@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -257,10 +258,12 @@ def test_files_of_both_kinds_are_told_apart(small: FoldedNetwork, tmp_path: Path
     save_weights(Model("26m"), tmp_path / "weights.safetensors")
     with pytest.raises(WeightsError, match=r"folded\.safetensors: holds a network folded for inference.*Engine"):
         load_model(tmp_path / "folded.safetensors")
-    with pytest.raises(WeightsError, match=r"weights\.safetensors: .*I64"):  # its counters of batches
+    with pytest.raises(WeightsError, match=r"weights\.safetensors: not a folded network but"):
         FoldedNetwork.load(tmp_path / "weights.safetensors")
     safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, tmp_path / "other.safetensors")
-    with pytest.raises(WeightsError, match=r"other\.safetensors: not a folded network; `mobileformer convert --fold"):
+    with pytest.raises(
+        WeightsError, match=r"other\.safetensors: not a folded network but .*`mobileformer convert --fold"
+    ):
         FoldedNetwork.load(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError):
         FoldedNetwork.load(tmp_path / "none.safetensors")
@@ -401,3 +404,30 @@ def test_the_reader_survives_a_fuzzer() -> None:
     done = subprocess.run([sys.executable, script, "6"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
+
+
+def test_weights_that_are_not_folded_say_how_to_fold_them(tmp_path: Path) -> None:
+    """Told apart by its first bytes and its text, before any array is looked at: weights hold int64 counters."""
+    model = Model("26m", num_classes=2)
+    weights, zipped, pickled = (tmp_path / name for name in ("my weights.safetensors", "a.pth.tar", "b.pth"))
+    save_weights(model, weights)
+    torch.save({"state_dict": model.state_dict()}, zipped)
+    torch.save({"state_dict": model.state_dict()}, pickled, _use_new_zipfile_serialization=False)
+    for path, what in ((weights, "a safetensors file of other contents"), (zipped, "a checkpoint of PyTorch")):
+        with pytest.raises(WeightsError) as caught:
+            FoldedNetwork.load(path)
+        quoted = f"'{path}'" if " " in str(path) else path
+        assert str(caught.value) == (
+            f"{path}: not a folded network but {what}; "
+            f"`mobileformer convert --fold {quoted} OUT.safetensors` makes one from weights"
+        )
+    with pytest.raises(WeightsError, match="not a folded network but a checkpoint of PyTorch"):
+        FoldedNetwork.load(pickled)
+
+
+def test_only_a_regular_file_is_opened(tmp_path: Path) -> None:
+    """A pipe would be waited for, a device never ends."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, what in ((tmp_path, "a folder"), (tmp_path / "pipe", "a pipe or device"), ("/dev/zero", "a pipe or dev")):
+        with pytest.raises(WeightsError, match=f"^{path}: expected a file, got {what}"):
+            FoldedNetwork.load(path)

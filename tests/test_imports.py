@@ -152,12 +152,41 @@ def ask_for_another_torch(library: Path) -> None:
     library.write_bytes(content.replace(b"aoti_torch_empty_strided\0", b"aoti_torch_empty_of_3000\0"))
 
 
+def put_another_library(library: Path) -> None:
+    """A real one, of somebody else."""
+    import _ctypes
+
+    library.write_bytes(Path(_ctypes.__file__).read_bytes())
+
+
+def put_an_older_one(library: Path) -> None:
+    """Ours, with other schemas: to call it would take the wrong number of arguments off the dispatcher's stack."""
+    content = library.read_bytes()
+    now = f"mf_kernels _cpu interface {_native.INTERFACE}.".encode()
+    assert content.count(now) == 1
+    library.write_bytes(content.replace(now, now.replace(b"interface", b"interfa0e")))
+
+
+def lose_with_an_empty_record(library: Path) -> None:
+    library.unlink()
+    library.with_name("_build.json").write_bytes(b"")
+
+
+def lose_with_a_damaged_record(library: Path) -> None:
+    library.unlink()
+    library.with_name("_build.json").write_text('{"libraries": [1, 2]}')
+
+
 BROKEN = [
     (delete, "_cpu.so was built and is no longer there"),
     (delete_with_record, "_cpu.so was not built (no build record)"),
     (leave_unbuilt, "_cpu.so was not built (no C++ compiler found)"),
-    (fill_with_text, "_cpu.so does not load: built with torch "),
-    (empty, "_cpu.so does not load: built with torch "),
+    (fill_with_text, "_cpu.so does not load: it is not the library of this version of the package; build it anew with"),
+    (empty, "_cpu.so does not load: it is not the library of this version of the package; build it anew with"),
+    (put_another_library, "_cpu.so does not load: it is not the library of this version of the package; build it anew"),
+    (put_an_older_one, "_cpu.so does not load: it is not the library of this version of the package; build it anew"),
+    (lose_with_an_empty_record, "_cpu.so was not built (no build record)"),
+    (lose_with_a_damaged_record, "_cpu.so was not built (no build record)"),
     (ask_for_another_torch, "undefined symbol: aoti_torch_empty_of_3000"),
 ]
 
@@ -174,7 +203,9 @@ def test_why_a_library_is_not_there(
     assert _native.cpu_calls() == {}
 
 
-@pytest.mark.parametrize("damage", [delete, ask_for_another_torch])
+@pytest.mark.parametrize(
+    "damage", [delete, ask_for_another_torch, fill_with_text, put_another_library, lose_with_an_empty_record]
+)
 def test_without_a_library_the_reference_serves_with_one_warning(damage: Callable[[Path], None], package: Path) -> None:
     damage(package / "mf_kernels" / "_cpu.so")
     seen = report(CALLS, package=package)

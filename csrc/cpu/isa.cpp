@@ -4,6 +4,8 @@
 #include <cstring>
 #include <string>
 
+#include "common/interface.h"
+
 namespace mf {
 namespace {
 
@@ -57,6 +59,12 @@ void count_served(Kernel kernel) {
 }  // namespace mf
 
 #define MF_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Looked for in the file before it is loaded
+extern "C" {
+extern __attribute__((visibility("default"))) const char mf_kernels_cpu_interface[];
+const char mf_kernels_cpu_interface[] = "mf_kernels _cpu interface " MF_INTERFACE_TEXT(MF_INTERFACE) ".";
+}
 
 // 0 when the instruction set of that name serves from now on, 1 when it cannot.
 MF_EXPORT int mf_kernels_cpu_set_isa(const char* name) {

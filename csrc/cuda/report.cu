@@ -1,5 +1,7 @@
 #include "cuda/report.h"
 
+#include "common/interface.h"
+
 #include <atomic>
 #include <cstdint>
 #include <string>
@@ -24,6 +26,12 @@ void append(std::string& list, const std::string& item) { list += (list.empty() 
 void count_served(Kernel kernel) { calls[static_cast<int>(kernel)].fetch_add(1, std::memory_order_relaxed); }
 
 }  // namespace mf
+
+// Looked for in the file before it is loaded
+extern "C" {
+extern __attribute__((visibility("default"))) const char mf_kernels_cuda_interface[];
+const char mf_kernels_cuda_interface[] = "mf_kernels _cuda interface " MF_INTERFACE_TEXT(MF_INTERFACE) ".";
+}
 
 // {"calls": {"dynamic_relu_fwd:native:cuda": 3}, "architectures": ["sm_80", "sm_90"]} as JSON.
 // The text stays valid until the same thread asks again.

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/interface.h"
 #include "engine/network.h"
 
 namespace py = pybind11;
@@ -243,6 +244,7 @@ class PyNetwork {
 
 PYBIND11_MODULE(_engine, module) {
   module.doc() = "Inference of a folded Mobile-Former on the CPU; see mobileformer.inference.Engine";
+  module.attr("INTERFACE") = MF_INTERFACE;
   module.def("isas", [] { return names_of(runnable()); }, "Instruction sets that this CPU runs, the best one last");
   module.def("compiled", [] { return names_of(compiled()); }, "Instruction sets that were compiled");
   module.def(

@@ -9,6 +9,9 @@
 #include <condition_variable>
 #include <functional>
 #include <mutex>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -72,18 +75,21 @@ using Body = std::function<void(Worker&)>;
 
 class Team {
  public:
+  // Throws std::runtime_error where the system refuses a thread; those that it gave are gone then.
   explicit Team(int size) : size_(size) {
-    for (int rank = 1; rank < size; ++rank) threads_.emplace_back([this, rank] { serve(rank); });
+    threads_.reserve(size_t(size - 1));
+    for (int rank = 1; rank < size; ++rank) {
+      try {
+        threads_.emplace_back([this, rank] { serve(rank); });
+      } catch (const std::system_error& error) {
+        leave();
+        throw std::runtime_error("threads: the system gave " + std::to_string(rank) + " of " + std::to_string(size) +
+                                 ": " + error.what());
+      }
+    }
   }
 
-  ~Team() {
-    {
-      std::lock_guard lock(mutex_);
-      leaving_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) here() ? thread.join() : thread.detach();
-  }
+  ~Team() { leave(); }
 
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -115,6 +121,15 @@ class Team {
   }
 
  private:
+  void leave() {
+    {
+      std::lock_guard lock(mutex_);
+      leaving_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) here() ? thread.join() : thread.detach();
+  }
+
   void serve(int rank) {
     unsigned seen = 0;
     for (;;) {

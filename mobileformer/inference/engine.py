@@ -14,6 +14,7 @@ import numpy as np
 from mobileformer.config import MIN_SIZE, VariantConfig
 from mobileformer.inference.folded import FoldedNetwork
 from mobileformer.inference.library import chosen_isa, library
+from mobileformer.inference.threads import check_threads
 from mobileformer.metadata import Metadata
 
 __all__ = ["DTYPES", "Engine", "NotFiniteError"]
@@ -34,7 +35,8 @@ class Engine:
     source    a file that `FoldedNetwork.save` or `mobileformer convert --fold` wrote, or the network itself
     dtype     "float32", or "bfloat16": matrix products of bfloat16 numbers, summed in float32; the rest
               in float32. What goes in and comes out is the same.
-    threads   CPU threads of a call. They belong to this engine and sleep soon after one.
+    threads   CPU threads of a call, at most four for each CPU of the process (or 64, where that is more).
+              They belong to this engine and sleep soon after a call.
     isa       "baseline", "avx2", "avx512", "avx512bf16" or "amx"; None is what the environment variable
               MF_ENGINE_ISA says, else the best one of this CPU
     ========  ==========================================================================================
@@ -51,7 +53,7 @@ class Engine:
     An engine belongs to its process: it can be neither copied nor pickled, open the file again instead.
 
     Raises OSError and WeightsError for a file as `FoldedNetwork.load` does, ValueError for another argument out of
-    range, RuntimeError where the compiled library is missing, with the reason.
+    range, RuntimeError with the reason where the compiled library is missing or the system refuses a thread.
     """
 
     def __init__(
@@ -64,8 +66,7 @@ class Engine:
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-            raise ValueError(f"threads: expected an integer of at least 1, got {threads!r}")
+        check_threads(threads)
         isa = chosen_isa(isa)
         folded = source if isinstance(source, FoldedNetwork) else FoldedNetwork.load(source)
         arrays = {name: np.ascontiguousarray(array) for name, array in folded.arrays.items()}

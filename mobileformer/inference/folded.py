@@ -75,12 +75,9 @@ class FoldedNetwork:
         Raises OSError, and WeightsError (a ValueError) for a file that is damaged, cut off, of another kind or of a
         later version, that lacks an array or holds one with another shape, NaN or infinity.
         """
-        arrays, header = read_safetensors(path)
+        arrays, header = read_safetensors(path, form=FORMAT)
         metadata = decode(header, str(path), form=FORMAT, version=FORMAT_VERSION)
-        if metadata is None:
-            raise WeightsError(
-                f"{path}: not a folded network; `mobileformer convert --fold IN OUT` makes one from weights"
-            )
+        assert metadata is not None  # the reader has seen to the format
         try:
             return cls(metadata, arrays)
         except ValueError as error:

@@ -14,6 +14,8 @@ __all__ = ["chosen_isa", "library", "status", "why_not"]
 
 _PACKAGES = Path(__file__).parents[2]
 _NAME = "mobileformer._engine"
+INTERFACE = 1  # as csrc/common/interface.h
+REBUILD = "build it anew with `python setup.py build_ext --inplace`, or install the package again"
 
 
 def library() -> ModuleType:
@@ -79,11 +81,14 @@ def status() -> dict[str, Any]:
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module(_NAME), ""
-    except ImportError as error:
+        module = importlib.import_module(_NAME)
+        if getattr(module, "INTERFACE", None) != INTERFACE:
+            return None, f"{_NAME} does not load: it is not the library of this version of the package; {REBUILD}"
+        return module, ""
+    except (ImportError, SystemError) as error:
         files = sorted(path.name for path in (_PACKAGES / "mobileformer").glob("_engine.*so"))
         if not isinstance(error, ModuleNotFoundError):
-            return None, f"{_NAME} does not load: {error}"
+            return None, f"{_NAME} does not load: {error}; {REBUILD}"
         if files:
             return None, f"{_NAME} was built for another Python ({', '.join(files)})"
         record = _record()
@@ -94,6 +99,8 @@ def _load() -> tuple[ModuleType | None, str]:
 
 def _record() -> dict[str, Any]:
     """The build's row for the engine. The record lies beside the kernels, whose package would import torch."""
-    path = _PACKAGES / "mf_kernels" / "_build.json"
-    libraries = json.loads(path.read_text()).get("libraries", {}) if path.is_file() else {}
-    return libraries.get(_NAME, {})
+    try:
+        row = json.loads((_PACKAGES / "mf_kernels" / "_build.json").read_text())["libraries"][_NAME]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):  # none, or a damaged one
+        return {}
+    return row if isinstance(row, dict) else {}

@@ -18,7 +18,7 @@ from mobileformer.inference import library
 from mobileformer.inference.engine import Engine, NotFiniteError
 from mobileformer.inference.folded import FoldedNetwork
 from mobileformer.inference.folding import arrays_of, folded_copy, parts_of_its_own
-from mobileformer.inference.threads import thread_count
+from mobileformer.inference.threads import check_threads, most_threads, thread_count
 from mobileformer.metadata import describe
 from mobileformer.model import Model
 
@@ -41,8 +41,8 @@ class InferenceModel(nn.Module):
         super().__init__()
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise ValueError(f"threads: expected an integer of at least 1, or None, got {threads!r}")
+        if threads is not None:
+            check_threads(threads, ", or None")
         self.threads = threads
         self._dtype = dtype
         with torch.inference_mode(False):  # whoever calls this inside: its tensors have no version to watch
@@ -82,7 +82,7 @@ class InferenceModel(nn.Module):
         if self._written():
             _fall_back("parameters of the copy were written to, and the engine has those of before")
             return None
-        threads = self.threads or torch.get_num_threads()
+        threads = self.threads or min(torch.get_num_threads(), most_threads())
         engine = self._engines.get(threads)
         if engine is None:
             with self._lock:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
+import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,23 +23,35 @@ __all__ = ["read_safetensors"]
 
 MAX_HEADER = 16 << 20  # a length beyond this is no length; the names of 20,000 classes take half a million bytes
 ITEM = 4  # bytes of a float32
+PYTORCH = (b"PK\x03\x04", b"\x80\x02")  # a zip archive, or a pickle as older releases of PyTorch wrote it
 LARGEST = np.iinfo(np.intp).max
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_safetensors(
+    path: str | os.PathLike[str], *, form: str | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(arrays by name, float32 and read-only; text metadata). The values are not looked at.
+
+    `form` is the format that the text metadata must name; a file of another one, or a checkpoint of PyTorch, is told
+    apart by its first bytes and its metadata alone.
 
     The header is checked against the size of the file before any array is read: every byte belongs to exactly one.
     Raises OSError, and WeightsError naming the file and what is wrong with it.
     """
     path = Path(path)
-    if path.is_dir():
-        raise WeightsError(f"{path}: expected a file, got a folder")
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):  # a pipe would be waited for
+        raise WeightsError(f"{path}: expected a file, got {'a folder' if stat.S_ISDIR(mode) else 'a pipe or device'}")
     with path.open("rb") as file:
         try:
-            entries, metadata, size = _read_header(file)
+            entries, metadata, size = _read_header(file, form)
         except _Damage as damage:
             raise WeightsError(f"{path}: {damage}") from None
+        except _Unfolded as found:
+            raise WeightsError(
+                f"{path}: not a folded network but {found}; `mobileformer convert --fold {shlex.quote(str(path))} "
+                "OUT.safetensors` makes one from weights"
+            ) from None
         content = file.read(size)
     if len(content) != size:
         raise WeightsError(f"{path}: the file became shorter while it was read")
@@ -52,13 +66,21 @@ class _Damage(Exception):
     """What is wrong with a file."""
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, tuple[tuple[int, ...], int]], dict[str, str], int]:
+class _Unfolded(Exception):
+    """What a file holds that is no folded network."""
+
+
+def _read_header(
+    file: BinaryIO, form: str | None = None
+) -> tuple[dict[str, tuple[tuple[int, ...], int]], dict[str, str], int]:
     """({name: (shape, offset)}, text metadata, bytes of all arrays); leaves the file where the arrays begin."""
     size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise _Damage("the file is empty")
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
+    if form is not None and prefix.startswith(PYTORCH):
+        raise _Unfolded("a checkpoint of PyTorch")
     if len(prefix) < 8 or length < 2 or length > MAX_HEADER:
         raise _Damage("not a safetensors file")
     if length > size - 8:
@@ -73,6 +95,8 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, tuple[tuple[int, ...], int]]
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _Damage("its header is damaged (__metadata__: expected text)")
+    if form is not None and metadata.get("format") != form:
+        raise _Unfolded("a safetensors file of other contents")
     rows = sorted(_entry(name, value) for name, value in header.items())
     at = 0
     for begin, end, name, _ in rows:
