@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from mf_kernels import _checks, _registry
 from mf_kernels.ops import _library
@@ -53,6 +54,20 @@ def batch_norm_activation(
     Raises ValueError (shape, activation, one value a channel), or what `torch.nn.functional.batch_norm` raises.
     Source: Batch Normalization, ICML 2015; the activations as in Mobile-Former, CVPR 2022.
     """
+    if has_torch_function_unary(x):  # a tracer's stand-in, or a tensor of somebody's class
+        return handle_torch_function(
+            batch_norm_activation,
+            (x,),
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_variance,
+            theta=theta,
+            activation=activation,
+            momentum=momentum,
+            eps=eps,
+        )
     _checks.feature_map(NAME, x)
     if activation not in ACTIVATIONS or (theta is not None and activation != "identity"):
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from mf_kernels import _checks, _registry
 from mf_kernels.ops import _library
@@ -30,6 +31,8 @@ def depthwise_dynamic_relu(x: Tensor, weight: Tensor, bias: Tensor | None, theta
     Raises what they raise. Source: as theirs; with running statistics folded into weight and bias this is the
     convolution, BatchNorm and activation of Mobile-Former's blocks.
     """
+    if has_torch_function_unary(x):  # a tracer's stand-in, or a tensor of somebody's class
+        return handle_torch_function(depthwise_dynamic_relu, (x,), x, weight, bias, theta, stride=stride)
     fits = x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     if not fits or _registry.helper_missing(NAME, "cpu") or x.dtype == torch.float16:
         y = depthwise_conv2d(x, weight, bias, stride=stride, activation="identity")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from mf_kernels import _registry
 from mf_kernels.ops import _library
@@ -29,6 +30,8 @@ def fold_batch_norm(
 
     Differentiable in everything: with gradients it is these equations in PyTorch, else one kernel on CPU.
     """
+    if has_torch_function_unary(weight):  # a tracer's stand-in: two of them, which a caller can unpack
+        return _fold_in_pytorch(weight, norm_weight, norm_bias, mean, variance, eps)
     if (
         torch.is_grad_enabled()
         or weight.device.type != "cpu"
@@ -36,9 +39,15 @@ def fold_batch_norm(
         or not weight.dtype == norm_weight.dtype == norm_bias.dtype == mean.dtype == variance.dtype
         or _registry.helper_missing(NAME, "cpu")
     ):
-        scale = norm_weight * torch.rsqrt(variance + eps)
-        return weight * scale[:, None, None, None], norm_bias - mean * scale
+        return _fold_in_pytorch(weight, norm_weight, norm_bias, mean, variance, eps)
     return _FORWARD["native"](weight, norm_weight, norm_bias, mean, variance, eps)
+
+
+def _fold_in_pytorch(
+    weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    scale = norm_weight * torch.rsqrt(variance + eps)
+    return weight * scale[:, None, None, None], norm_bias - mean * scale
 
 
 def _fake(
