@@ -14,6 +14,7 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 import mf_kernels
 from mf_kernels import reference
@@ -74,12 +75,14 @@ def convolve(
     stride: int,
     groups: int,
     activation: str,
+    channels: int | None = None,
 ) -> Tensor:
     """activation(convolution(x) + bias), padding K//2; one operator where the convolution is depthwise.
 
     x (B,C,H,W), weight (C',C/groups,K,K), bias (C') -> (B,C',ceil(H/stride),ceil(W/stride)).
+    `channels` is C where the caller knows it: a symbolic tracer's x has no shape to compare.
     """
-    if groups > 1 and groups == x.shape[1]:
+    if groups > 1 and groups == (x.shape[1] if channels is None else channels):
         return ops.depthwise_conv2d(x, weight, bias, stride=stride, activation=activation)
     y = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=groups)
     return F.relu6(y, inplace=not torch.is_grad_enabled()) if activation == "relu6" else y
@@ -181,6 +184,10 @@ class ConvNorm(KernelModule):
 
     @property
     def _joins_activation(self) -> bool:
+        if isinstance(
+            getattr(self.norm, "weight", None), Proxy
+        ):  # a tracer's graph calls the norm, which counts batches
+            return False
         norm = self.norm
         return (
             self.use_fused
@@ -228,7 +235,16 @@ class ConvNorm(KernelModule):
         return mf_kernels.fold_batch_norm(self.conv.weight, norm.weight, norm.bias, mean, variance, norm.eps)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        return convolve(self.ops, x, weight, bias, stride=self.stride, groups=self.groups, activation=activation)
+        return convolve(
+            self.ops,
+            x,
+            weight,
+            bias,
+            stride=self.stride,
+            groups=self.groups,
+            activation=activation,
+            channels=self.conv.in_channels,
+        )
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, shuffle={self.shuffle}"

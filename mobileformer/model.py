@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from mf_kernels.environment import is_transformed
 from mobileformer.blocks import DownBlock, LiteBlock, SameBlock
@@ -242,6 +243,8 @@ class Model(nn.Module):
         )
 
     def _check_input(self, x: Tensor) -> None:
+        if isinstance(x, Proxy):  # of torch.fx.symbolic_trace: the graph is for any shape
+            return
         if x.ndim != 4:
             raise ValueError(f"x: expected 4 dimensions (B, {self.in_chans}, H, W), got shape {tuple(x.shape)}")
         if x.shape[1] != self.in_chans:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from mf_kernels import _checks, _registry
 from mf_kernels.ops import _library
@@ -56,6 +57,20 @@ def batch_norm_activation(
     before anything is written.
     Source: Batch Normalization, ICML 2015; the activations as in Mobile-Former, CVPR 2022.
     """
+    if has_torch_function_unary(x):  # a tracer's stand-in, or a tensor of somebody's class
+        return handle_torch_function(
+            batch_norm_activation,
+            (x,),
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_variance,
+            theta=theta,
+            activation=activation,
+            momentum=momentum,
+            eps=eps,
+        )
     _checks.feature_map(NAME, x)
     known = isinstance(activation, str) and activation in ACTIVATIONS
     if not known or (theta is not None and activation != "identity"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from mf_kernels import _checks, _registry, reference
 from mf_kernels.ops import _library
@@ -36,6 +37,8 @@ def depthwise_conv2d(
     Raises ValueError (shape, device, stride, activation) or TypeError (dtype), naming the argument.
     Source: Mobile-Former, CVPR 2022, section 3.1 (its blocks); the multiplier as in the published code's down blocks.
     """
+    if has_torch_function_unary(x):  # a tracer's stand-in, or a tensor of somebody's class
+        return handle_torch_function(depthwise_conv2d, (x,), x, weight, bias, stride=stride, activation=activation)
     _checks.feature_map(NAME, x)
     if bias is None:
         x, weight = _checks.autocast(x, weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from mf_kernels import _checks, _registry
 from mf_kernels.ops import _library
@@ -30,6 +31,8 @@ def depthwise_dynamic_relu(x: Tensor, weight: Tensor, bias: Tensor | None, theta
     Raises ValueError (shape, device, stride) or TypeError (dtype), naming the argument. Source: as theirs; with running
     statistics folded into weight and bias this is the convolution, BatchNorm and activation of Mobile-Former's blocks.
     """
+    if has_torch_function_unary(x):  # a tracer's stand-in, or a tensor of somebody's class
+        return handle_torch_function(depthwise_dynamic_relu, (x,), x, weight, bias, theta, stride=stride)
     _checks.feature_map(NAME, x)
     fits = x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     fits = fits and x.dtype != torch.float16 and not _registry.helper_missing(NAME, "cpu")

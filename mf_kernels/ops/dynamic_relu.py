@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from mf_kernels import _checks, _registry, reference
 from mf_kernels.ops import _library
@@ -34,6 +35,8 @@ def dynamic_relu(x: Tensor, theta: Tensor) -> Tensor:
     Raises ValueError (shape, device) or TypeError (dtype), naming the argument.
     Source: Mobile-Former, CVPR 2022, section 3.1 with Dynamic ReLU, ECCV 2020; no intercepts, as in the published code.
     """
+    if has_torch_function_unary(x):  # a tracer's stand-in, or a tensor of somebody's class
+        return handle_torch_function(dynamic_relu, (x,), x, theta)
     _checks.feature_map(NAME, x)
     x, theta = _checks.autocast(x, theta)
     _checks.companion(NAME, "theta", theta, x, (x.shape[0], 2 * x.shape[1]), "(B, 2C)")
@@ -51,6 +54,8 @@ def dynamic_relu_(x: Tensor, theta: Tensor) -> Tensor:
     Written over x where a kernel serves, no gradient is needed and x lies contiguous or channels_last; else a new map.
     Always use the returned map. Shapes, dtypes and errors as `dynamic_relu`.
     """
+    if has_torch_function_unary(x):  # a tracer's stand-in, or a tensor of somebody's class
+        return handle_torch_function(dynamic_relu_, (x,), x, theta)
     if not _library.serves_in_place(NAME, x):
         return dynamic_relu(x, theta)
     _checks.feature_map(NAME, x)

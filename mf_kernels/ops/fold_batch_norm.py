@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary
 
 from mf_kernels import _checks, _registry
 from mf_kernels.ops import _library
@@ -32,6 +33,8 @@ def fold_batch_norm(
 
     Raises ValueError (shape, device, eps) or TypeError (dtype), naming the argument.
     """
+    if has_torch_function_unary(weight):  # a tracer's stand-in: two of them, which a caller can unpack
+        return _fold_in_pytorch(weight, norm_weight, norm_bias, mean, variance, eps)
     _checks.tensor(NAME, "weight", weight)
     if weight.dim() != 4:
         raise ValueError(f"{NAME}: weight: expected (O, I, K, K), got shape {tuple(weight.shape)}")
@@ -48,9 +51,15 @@ def fold_batch_norm(
         or not weight.dtype == norm_weight.dtype == norm_bias.dtype == mean.dtype == variance.dtype
         or _registry.helper_missing(NAME, "cpu")
     ):
-        scale = norm_weight * torch.rsqrt(variance + eps)
-        return weight * scale[:, None, None, None], norm_bias - mean * scale
+        return _fold_in_pytorch(weight, norm_weight, norm_bias, mean, variance, eps)
     return _FORWARD["native"](weight, norm_weight, norm_bias, mean, variance, eps)
+
+
+def _fold_in_pytorch(
+    weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    scale = norm_weight * torch.rsqrt(variance + eps)
+    return weight * scale[:, None, None, None], norm_bias - mean * scale
 
 
 def _fake(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from mf_kernels import _checks, _registry, reference
 from mf_kernels.ops import _library
@@ -34,6 +35,8 @@ def former_to_mobile(x: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 2) -> 
     Raises ValueError (shape, device, heads) or TypeError (dtype), naming the argument.
     Source: Mobile-Former, CVPR 2022, section 3.2, "Former to Mobile"; heads and scale as in the published code.
     """
+    if has_torch_function_unary(x):  # a tracer's stand-in, or a tensor of somebody's class
+        return handle_torch_function(former_to_mobile, (x,), x, k, v, num_heads=num_heads)
     _checks.feature_map(NAME, x)
     x, k, v = _checks.autocast(x, k, v)
     _checks.tokens(NAME, "k", k, x, num_heads)
@@ -52,6 +55,8 @@ def former_to_mobile_(x: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 2) ->
     Written over x where a kernel serves, no gradient is needed and x lies contiguous or channels_last; else a new map.
     Always use the returned map. Shapes, dtypes and errors as `former_to_mobile`.
     """
+    if has_torch_function_unary(x):  # a tracer's stand-in, or a tensor of somebody's class
+        return handle_torch_function(former_to_mobile_, (x,), x, k, v, num_heads=num_heads)
     if not _library.serves_in_place(NAME, x) or k.dim() != 3 or k.shape[1] > _registry.MAX_TOKENS:
         return former_to_mobile(x, k, v, num_heads=num_heads)
     _checks.feature_map(NAME, x)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from mf_kernels import _checks, _registry, reference
 from mf_kernels.ops import _library
@@ -34,6 +35,8 @@ def mobile_to_former(x: Tensor, q: Tensor, *, num_heads: int = 2) -> Tensor:
     Raises ValueError (shape, device, heads) or TypeError (dtype), naming the argument.
     Source: Mobile-Former, CVPR 2022, section 3.2, "Mobile to Former"; heads and scale as in the published code.
     """
+    if has_torch_function_unary(x):  # a tracer's stand-in, or a tensor of somebody's class
+        return handle_torch_function(mobile_to_former, (x,), x, q, num_heads=num_heads)
     _checks.feature_map(NAME, x)
     x, q = _checks.autocast(x, q)
     _checks.tokens(NAME, "q", q, x, num_heads)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from mf_kernels import _checks, _registry
 from mf_kernels.ops import _library
@@ -49,6 +50,8 @@ def token_side(
     Raises ValueError (shape, device, heads, eps, how many parameters) or TypeError (dtype), naming the argument.
     Source: Mobile-Former, CVPR 2022, section 3.2 and figure 3, with the published code's gate and projections.
     """
+    if has_torch_function_unary(tokens):  # a tracer's stand-in, or a tensor of somebody's class
+        return handle_torch_function(token_side, (tokens,), tokens, gathered, parameters, num_heads=num_heads, eps=eps)
     _check(tokens, gathered, parameters, num_heads, eps)
     batch, num_tokens, width = tokens.shape
     fits = (
