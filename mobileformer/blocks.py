@@ -7,6 +7,8 @@ features <- Former-to-Mobile. So the bridge in reads the block's input map and t
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -21,12 +23,13 @@ from mobileformer.layers import (
     Former,
     FormerToMobile,
     MobileToFormer,
-    is_untouched,
 )
+from mobileformer.parts import are_plain, is_untouched, part, watched_globally
 
 __all__ = ["DownBlock", "LiteBlock", "SameBlock"]
 
 
+@part
 class LiteBlock(nn.Module):
     """Depthwise expansion, ReLU6, pointwise; skip where the shapes allow. Tokens pass untouched."""
 
@@ -65,6 +68,8 @@ class TokenBlock(nn.Module):
     former_to_mobile: FormerToMobile
     use_fused: bool
     spatial_dynamic_relu: bool
+    drop_path: DropPath
+    _shapes: list[torch.Size]
 
     def inference_parameters(
         self, relus: tuple[DynamicReLU, ...], convolutions: tuple[ConvNorm, ...]
@@ -72,9 +77,9 @@ class TokenBlock(nn.Module):
         """The parameters of the token side in the operator's order, or None to go part by part.
 
         None is: with slopes by position, which the operators do not know; in training, also where only a norm
-        is; and where somebody watches a part or has replaced it.
+        is; and where a part is not what it was built as.
         """
-        if not self.use_fused or self.training or self.spatial_dynamic_relu:
+        if not self.use_fused or self.training or self.spatial_dynamic_relu or watched_globally():
             return None
         bridge, former, outward = self.mobile_to_former, self.former, self.former_to_mobile
         if not (
@@ -82,24 +87,62 @@ class TokenBlock(nn.Module):
             and is_untouched(former, Former)
             and is_untouched(outward, FormerToMobile)
             and all(is_untouched(relu, DynamicReLU) for relu in relus)
+            and all(_drops_nothing(owner) for owner in (self, bridge, former, outward))
             # Their outputs are written over: for that, too, nobody may be looking.
-            and all(getattr(c, "foldable", False) and is_untouched(c, c.__class__) for c in convolutions)
+            and all(is_untouched(conv, conv.__class__) and _is_joinable(conv) for conv in convolutions)
         ):
             return None
-        layers = [bridge.gate, bridge.project, bridge.norm]
-        layers += [former.query, former.project, former.norm]
-        layers += [former.ffn_expand, former.ffn_project, former.ffn_norm]
-        layers += [outward.key, outward.value]
-        for relu in relus:
-            layers += [relu.reduce, relu.expand]
-        if not all(is_untouched(layer, nn.Linear, nn.LayerNorm) for layer in layers):
+        layers = _layers(bridge, former, outward, relus)
+        parameters: list[Tensor] = []
+        for layer in layers:
+            if not is_untouched(layer, nn.Linear, nn.LayerNorm):
+                return None
+            parameters += _weight_and_bias(cast(nn.Module, layer))
+        norms = cast(list[nn.LayerNorm], [layers[2], layers[5], layers[8]])
+        if not (
+            are_plain(parameters)
+            and [parameter.shape for parameter in parameters] == self._shapes
+            and all(norm.eps == norms[1].eps and norm.normalized_shape == self._shapes[4] for norm in norms)
+        ):
             return None
-        return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+        return parameters
 
     def token_side(self, x: Tensor, tokens: Tensor, parameters: list[Tensor]) -> list[Tensor]:
         """[new tokens, key, value, theta of every dynamic ReLU], all that the map needs of the tokens."""
         gathered = mf_kernels.mobile_to_former(x, self.mobile_to_former.query(tokens), num_heads=BRIDGE_HEADS)
         return mf_kernels.token_side(tokens, gathered, parameters, num_heads=FORMER_HEADS, eps=self.former.norm.eps)
+
+    def _remember(self, *relus: DynamicReLU) -> None:
+        """Keep the shapes that the token side was built with."""
+        layers = _layers(self.mobile_to_former, self.former, self.former_to_mobile, relus)
+        self._shapes = [p.shape for layer in layers for p in _weight_and_bias(cast(nn.Module, layer))]
+
+
+def _layers(
+    bridge: MobileToFormer, former: Former, outward: FormerToMobile, relus: tuple[DynamicReLU, ...]
+) -> list[nn.Module | None]:
+    """The layers of the token side in the operator's order, without `nn.Module.__getattr__`, which is slow."""
+    enter, between, leave = bridge._modules, former._modules, outward._modules
+    layers = [enter["gate"], enter["project"], enter["norm"], between["query"], between["project"], between["norm"]]
+    layers += [between["ffn_expand"], between["ffn_project"], between["ffn_norm"], leave["key"], leave["value"]]
+    for relu in relus:
+        layers += [relu._modules["reduce"], relu._modules["expand"]]
+    return layers
+
+
+def _weight_and_bias(layer: nn.Module) -> list[Tensor]:
+    parameters = layer._parameters
+    return [cast(Tensor, parameters.get("weight")), cast(Tensor, parameters.get("bias"))]
+
+
+def _drops_nothing(owner: nn.Module) -> bool:
+    drop = owner._modules["drop_path"]
+    return is_untouched(drop, DropPath) and not cast(DropPath, drop).training
+
+
+def _is_joinable(conv: ConvNorm) -> bool:
+    """Whether convolution and norm can be one, with the dynamic ReLU that is to come as the only activation."""
+    return conv.activation == "identity" and conv.foldable
 
 
 def add_over(y: Tensor, x: Tensor) -> Tensor:
@@ -117,11 +160,18 @@ def depthwise_with_relu(depthwise: ConvNorm, x: Tensor, theta: Tensor) -> Tensor
 
 def convolve_with_relu(conv: ConvNorm, relu: DynamicReLU, x: Tensor, tokens: Tensor, mix: Tensor | None) -> Tensor:
     """relu(conv(x), tokens, mix); in training norm and ReLU are one operator, unless somebody is at either of them."""
-    if mix is None and is_untouched(relu, DynamicReLU) and is_untouched(conv, ConvNorm) and conv.joins_relu:
+    if (
+        mix is None
+        and is_untouched(relu, DynamicReLU)
+        and is_untouched(conv, ConvNorm)
+        and conv.activation == "identity"
+        and conv.joins_relu
+    ):
         return conv(x, relu.logits(tokens[:, 0]))
     return relu(conv(x), tokens, mix)
 
 
+@part
 class SameBlock(TokenBlock):
     """Pointwise expansion, depthwise, pointwise, at the same resolution; skip where the width stays."""
 
@@ -151,6 +201,7 @@ class SameBlock(TokenBlock):
         self.use_fused = use_fused
         self.has_skip = in_channels == out_channels
         self.spatial_dynamic_relu = spatial_dynamic_relu
+        self._remember(self.expand_relu, self.depthwise_relu)
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,C,H,W), tokens (B,M,D) -> (B,C',H,W), (B,M,D)."""
@@ -178,6 +229,7 @@ class SameBlock(TokenBlock):
         return mf_kernels.former_to_mobile_(y, key, value, num_heads=BRIDGE_HEADS), tokens
 
 
+@part
 class DownBlock(TokenBlock):
     """Half the resolution: depthwise of stride 2, pointwise; then depthwise and pointwise inside a skip."""
 
@@ -223,6 +275,7 @@ class DownBlock(TokenBlock):
         self.drop_path = DropPath(drop_path)
         self.use_fused = use_fused
         self.spatial_dynamic_relu = spatial_dynamic_relu
+        self._remember(self.down_relu, self.expand_relu)
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,C,H,W), tokens (B,M,D) -> (B,C',ceil(H/2),ceil(W/2)), (B,M,D)."""

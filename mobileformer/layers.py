@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch.fx import Proxy
 
 import mf_kernels
 from mf_kernels import reference
+from mobileformer.parts import are_plain, held, is_untouched, part, watched_globally
 
 __all__ = [
     "BRIDGE_HEADS",
@@ -32,12 +33,12 @@ __all__ = [
     "channel_shuffle",
     "convolve",
     "hard_sigmoid",
-    "is_untouched",
     "token_mix",
 ]
 
 BRIDGE_HEADS = 2
 FORMER_HEADS = 4
+ACTIVATIONS = ("identity", "relu6")
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:
@@ -102,17 +103,7 @@ def token_mix(x: Tensor, query: Tensor, size: tuple[int, int]) -> Tensor:
     return scores.softmax(dim=1)
 
 
-def is_untouched(module: nn.Module, *classes: type[nn.Module]) -> bool:
-    """Whether a module is what it was built as, so that its parameters may be used without calling it.
-
-    It is not where somebody watches it with a hook (pruning works by one too) or has put a module of another
-    class in its place, say an adapter for fine-tuning.
-    """
-    return module.__class__ in classes and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
+@part
 class DropPath(nn.Module):
     """In training, zero a sample's update with probability `rate` and scale the others by 1 / (1 - rate)."""
 
@@ -131,6 +122,7 @@ class DropPath(nn.Module):
         return f"rate={self.rate}"
 
 
+@part
 class ConvNorm(KernelModule):
     """activation(BatchNorm(convolution(x))), then a channel shuffle where `shuffle` > 1; no bias.
 
@@ -156,10 +148,9 @@ class ConvNorm(KernelModule):
             in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
         )
         self.norm = nn.BatchNorm2d(out_channels)
-        self.stride = stride
-        self.groups = groups
         self.activation = activation
         self.shuffle = shuffle
+        self._built = _settings(self.conv)
         nn.init.normal_(self.conv.weight, std=math.sqrt(2.0 / (kernel_size**2 * out_channels)))
 
     def forward(self, x: Tensor, theta: Tensor | None = None) -> Tensor:
@@ -168,7 +159,7 @@ class ConvNorm(KernelModule):
             y = self._convolve(x, *self.folded(), self.activation)
         else:
             conv = self.conv
-            operator = self.use_fused and is_untouched(conv, nn.Conv2d)
+            operator = self.use_fused and self._conv_is_plain and not watched_globally()
             y = self._convolve(x, conv.weight, None, "identity") if operator else conv(x)
             if self._joins_activation:
                 y = self._normalize(y, theta)
@@ -189,15 +180,18 @@ class ConvNorm(KernelModule):
         ):  # a tracer's graph calls the norm, which counts batches
             return False
         norm = self.norm
+        if not (self.use_fused and norm.training and is_untouched(norm, nn.BatchNorm2d)):
+            return False
+        tensors = held(norm, "weight", "bias", "running_mean", "running_var")
         return (
-            self.use_fused
-            and norm.training
-            and is_untouched(norm, nn.BatchNorm2d)
-            and norm.affine
-            and norm.track_running_stats
+            norm.track_running_stats
             and norm.momentum is not None
+            and norm.num_batches_tracked is not None
+            and are_plain(tensors)
             # float64 is for comparing with the published numbers, and those carry PyTorch's own rounding of the norm
             and norm.weight.dtype != torch.float64
+            and self.activation in ACTIVATIONS
+            and not watched_globally()
         )
 
     def _normalize(self, y: Tensor, theta: Tensor | None) -> Tensor:
@@ -218,21 +212,50 @@ class ConvNorm(KernelModule):
 
     @property
     def foldable(self) -> bool:
-        """Whether the two can be one: fused, a norm with running statistics in use, nobody at the parts."""
-        norm = self.norm
+        """Whether the two are run as one: fused, and `has_constant_norm`."""
+        return self.use_fused and self.has_constant_norm and not watched_globally()
+
+    @property
+    def has_constant_norm(self) -> bool:
+        """Whether the two can be one: a norm with running statistics in use, and both parts what they were built as."""
+        norm = self._modules["norm"]
         return (
-            self.use_fused
-            and is_untouched(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
-            and norm.track_running_stats
-            and not norm.training
-            and is_untouched(self.conv, nn.Conv2d)
+            is_untouched(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
+            and not cast(nn.Module, norm).training
+            and self._conv_is_plain
+            and are_plain(self._tensors())
+            and self.activation in ACTIVATIONS
         )
+
+    @property
+    def _conv_is_plain(self) -> bool:
+        """Whether the convolution is the one that was built, so that its weight says all of it."""
+        conv = self._modules["conv"]
+        return (
+            is_untouched(conv, nn.Conv2d)
+            and _settings(cast(nn.Conv2d, conv)) == self._built
+            and are_plain(held(cast(nn.Conv2d, conv), "weight"))
+        )
+
+    @property
+    def stride(self) -> int:
+        """Of the convolution, in both directions."""
+        return self._built[0][0]
+
+    @property
+    def groups(self) -> int:
+        """Of the convolution."""
+        return self._built[3]
+
+    def _tensors(self) -> list[Tensor | None]:
+        """What `folded` reads."""
+        conv, norm = self.conv, self.norm
+        return held(conv, "weight") + held(norm, "weight", "bias", "running_mean", "running_var")
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(weight, bias) of the one convolution that this is with its running statistics."""
-        norm = self.norm
-        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-        return mf_kernels.fold_batch_norm(self.conv.weight, norm.weight, norm.bias, mean, variance, norm.eps)
+        weight, scale, shift, mean, variance = cast(list[Tensor], self._tensors())
+        return mf_kernels.fold_batch_norm(weight, scale, shift, mean, variance, self.norm.eps)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         return convolve(
@@ -250,6 +273,14 @@ class ConvNorm(KernelModule):
         return f"activation={self.activation}, shuffle={self.shuffle}"
 
 
+def _settings(conv: nn.Conv2d) -> tuple[Any, ...]:
+    """All that a convolution does besides its weight's numbers."""
+    weight, bias = held(conv, "weight", "bias")
+    shape = None if weight is None else weight.shape
+    return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode, shape, bias is None
+
+
+@part
 class DynamicReLU(KernelModule):
     """max(a1 x, a2 x) with slopes from the tokens: a1 = 2 theta1 in [0, 2], a2 = 2 theta2 - 1 in [-1, 1].
 
@@ -281,6 +312,7 @@ class DynamicReLU(KernelModule):
         return torch.einsum("bmk,bmhw->bkhw", hard_sigmoid(self.logits(tokens)), mix)
 
 
+@part
 class MobileToFormer(KernelModule):
     """Tokens gather from the map: LN(tokens + project(gate * attention(query(tokens), x, x))).
 
@@ -309,6 +341,7 @@ class MobileToFormer(KernelModule):
         return token_mix(x, self.query(tokens), size)
 
 
+@part
 class Former(KernelModule):
     """A transformer layer on the tokens, post-norm: attention with only the query projected, feed-forward.
 
@@ -334,6 +367,7 @@ class Former(KernelModule):
         return self.ffn_norm(tokens + self.ffn_project(F.gelu(self.ffn_expand(tokens))))
 
 
+@part
 class FormerToMobile(KernelModule):
     """The map gathers from the tokens: x + attention(x, key(tokens), value(tokens)), without a norm."""
 

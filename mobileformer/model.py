@@ -13,6 +13,7 @@ from mf_kernels.environment import is_transformed
 from mobileformer.blocks import DownBlock, LiteBlock, SameBlock
 from mobileformer.config import MIN_SIZE, BlockConfig, VariantConfig, get_variant
 from mobileformer.layers import ConvNorm, MobileToFormer, channel_shuffle
+from mobileformer.parts import part
 from mobileformer.recompute import recomputed
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["MIN_SIZE", "Head", "Model", "unwrap"]
 
 
+@part
 class Head(nn.Module):
     """The classifier.
 
@@ -54,6 +56,7 @@ class Head(nn.Module):
         return F.hardswish(self.expand(features).mean(dim=(2, 3)))
 
 
+@part
 class Model(nn.Module):
     """Mobile-Former (arXiv 2108.05895): a light convolutional trunk and a few tokens, with a bridge each way.
 

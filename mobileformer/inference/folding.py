@@ -19,8 +19,15 @@ from mobileformer.inference.folded import FoldedNetwork
 from mobileformer.layers import BRIDGE_HEADS, FORMER_HEADS, ConvNorm, KernelModule, channel_shuffle, convolve
 from mobileformer.metadata import describe
 from mobileformer.model import Head, Model, unwrap
+from mobileformer.parts import are_plain, held, is_untouched, own_method, part
 
-__all__ = ["arrays_of", "fold", "folded_copy", "parts_of_its_own"]
+__all__ = ["arrays_of", "fold", "folded_copy", "hooked_part", "parts_of_its_own"]
+
+_OF_A_NORM = ("weight", "bias", "running_mean", "running_var")
+# What has no say in evaluation (rates, momentum), is read where it is used (eps of a BatchNorm), or changes no number.
+_WITHOUT_EFFECT = frozenset(
+    ("training", "use_fused", "rate", "p", "inplace", "momentum", "track_running_stats", "affine", "elementwise_affine")
+)
 
 
 def fold(
@@ -44,17 +51,22 @@ def fold(
     """
     model = unwrap(model)
     metadata = describe(model, labels=labels, mean=mean, std=std, input_size=input_size, crop_fraction=crop_fraction)
-    own = parts_of_its_own(model) or _hooked_part(model)
+    own = parts_of_its_own(model) or hooked_part(model)
     if own is not None:
         raise ValueError(f"model: cannot be folded: {own}")
     return FoldedNetwork(metadata, arrays_of(folded_copy(model)))
 
 
 def folded_copy(model: Model) -> Model:
-    """The model in float64 with `FoldedConv` where there was a `ConvNorm`, and no norm in its head."""
-    network = copy.deepcopy(model).double().eval().requires_grad_(False)
+    """The model in float64 with `FoldedConv` where there was a `ConvNorm`, and no norm in its head.
+
+    Parts that are not what they were built as stay, and are called. One with a tensor subclass for a weight keeps its
+    dtype: what a quantised weight is in another cannot be said.
+    """
+    network = copy.deepcopy(model).eval().requires_grad_(False)
+    _to_float64(network)
     with torch.no_grad():
-        if isinstance(network.head, Head):
+        if is_untouched(network.head, Head):
             _fold_head(network.head)
         _fold_convolutions(network)
     return network
@@ -78,27 +90,58 @@ def parts_of_its_own(model: Model) -> str | None:
             use_fused=model.use_fused,
             spatial_dynamic_relu=model.spatial_dynamic_relu,
         )
-    expected = {name: type(module) for name, module in plain.named_modules()}
-    if vars(type(model)).get("same_numbers", False):
-        expected[""] = type(model)
+    expected = dict(plain.named_modules())
     for name, module in model.named_modules():
-        kind, told = type(module), name or "the model"
-        if kind is not expected.get(name) and kind is not nn.SyncBatchNorm:
+        kind, told, built = type(module), name or "the model", expected.get(name)
+        same = vars(kind).get("same_numbers", False) if module is model else kind is type(built)
+        if built is None or not (same or kind is nn.SyncBatchNorm):
             return f"{told} is a {kind.__name__}"
+        method = own_method(module)
+        if method is not None:
+            return f"{told} has a {method} of its own"
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_var is None:
             return f"{told} keeps no running statistics"
         if isinstance(module, nn.LayerNorm) and module.eps != 1e-5:
             return f"{told} has eps {module.eps:g}, expected 1e-5"
+        other = _other_tensors(module, built) or (None if module is model else _other_setting(module, built))
+        if other is not None:
+            return f"{told} has {other}"
     return None
 
 
-def _hooked_part(model: Model) -> str | None:
+def _other_setting(module: nn.Module, built: nn.Module) -> str | None:
+    """A setting that differs from the one a module is built with."""
+    for name, value in vars(built).items():
+        if name in _WITHOUT_EFFECT or name.startswith("_") or not isinstance(value, int | str | tuple):
+            continue
+        if getattr(module, name, None) != value:
+            return f"{name} {getattr(module, name, None)!r}, expected {value!r}"
+    return None
+
+
+def _other_tensors(module: nn.Module, built: nn.Module) -> str | None:
+    """A parameter or buffer that a module is not built with, or lacks, or holds as a tensor of another class."""
+    for name in {**module._parameters, **module._buffers, **built._parameters, **built._buffers}:
+        (value,), (expected,) = held(module, name), held(built, name)
+        if (value is None) != (expected is None):
+            return f"no {name}" if value is None else f"a {name}, expected none"
+        if value is None or expected is None:
+            continue
+        if not are_plain((value,)):
+            return f"a {type(value).__name__} for a {name}"
+        if value.shape != expected.shape:
+            return f"a {name} of shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
+    return None
+
+
+def hooked_part(model: Model) -> str | None:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has a hook"
     return None
 
 
+@part
 class FoldedConv(KernelModule):
     """activation(convolution(x) + bias), then the channel shuffle."""
 
@@ -131,18 +174,33 @@ class FoldedConv(KernelModule):
         return self.weight, self.bias
 
 
+def _to_float64(network: nn.Module) -> None:
+    for module in network.modules():
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        if all(tensor is None or are_plain((tensor,)) for tensor in tensors):
+            module._apply(_double, recurse=False)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
 def _fold_convolutions(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if isinstance(child, ConvNorm):
-            setattr(module, name, FoldedConv(child))
+        if is_untouched(child, ConvNorm) and cast(ConvNorm, child).has_constant_norm:
+            setattr(module, name, FoldedConv(cast(ConvNorm, child)))
         else:
             _fold_convolutions(child)
 
 
 def _fold_head(head: Head) -> None:
-    scale, shift = _scale_and_shift(head.norm)
-    head.fc.weight.mul_(scale[:, None])
-    head.fc.bias.mul_(scale).add_(shift)
+    fc, norm = head.fc, head.norm
+    plain = is_untouched(fc, nn.Linear) and is_untouched(norm, nn.BatchNorm1d, nn.SyncBatchNorm)
+    if not (plain and are_plain(held(fc, "weight", "bias") + held(norm, *_OF_A_NORM))):
+        return
+    scale, shift = _scale_and_shift(norm)
+    fc.weight.mul_(scale[:, None])
+    fc.bias.mul_(scale).add_(shift)
     head.register_module("norm", nn.Identity())
 
 

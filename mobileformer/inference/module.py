@@ -6,6 +6,7 @@ import os
 import threading
 import warnings
 from contextlib import nullcontext
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -17,15 +18,18 @@ from mf_kernels.environment import is_transformed, switch
 from mobileformer.inference import library
 from mobileformer.inference.engine import Engine, NotFiniteError
 from mobileformer.inference.folded import FoldedNetwork
-from mobileformer.inference.folding import arrays_of, folded_copy, parts_of_its_own
+from mobileformer.inference.folding import arrays_of, folded_copy, hooked_part, parts_of_its_own
 from mobileformer.inference.threads import check_threads, most_threads, thread_count
+from mobileformer.layers import ConvNorm
 from mobileformer.metadata import describe
 from mobileformer.model import Model
+from mobileformer.parts import watched_globally
 
 __all__ = ["DTYPES", "InferenceModel"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_MADE_ANEW = ("_engines", "_lock", "_hooks", "_tokens", "_values", "_versions")
+_MADE_ANEW = ("_engines", "_lock", "_hooks", "_parts", "_state", "_tokens", "_values", "_versions")
+_SETTINGS = ("eps", "stride", "groups", "activation", "shuffle")
 _version = attrgetter("_version")
 _warned: set[str] = set()
 
@@ -49,8 +53,8 @@ class InferenceModel(nn.Module):
             network = folded_copy(model)
             self._folded = _folded(model, network, dtype)
             self.network = network.to(dtype)
-        self._prepare()
         super().train(False)
+        self._prepare()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,in_chans,H,W) of any floating dtype -> logits (B,num_classes) of the same dtype."""
@@ -82,6 +86,9 @@ class InferenceModel(nn.Module):
         if self._written():
             _fall_back("parameters of the copy were written to, and the engine has those of before")
             return None
+        if self._altered():
+            _fall_back("a part of the copy was altered, and the engine has it as it was")
+            return None
         threads = self.threads or min(torch.get_num_threads(), most_threads())
         engine = self._engines.get(threads)
         if engine is None:
@@ -106,6 +113,8 @@ class InferenceModel(nn.Module):
     def _watch(self) -> None:
         """Remember the network as it is: the engine serves as long as nobody hooks into it or writes to it."""
         parts = list(self.network.modules())
+        self._parts = parts
+        self._state = self._now()
         self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._tokens = self.network.tokens
         self._values = [value for value in self.network.parameters() if not value.is_inference()]
@@ -114,8 +123,19 @@ class InferenceModel(nn.Module):
     def _written(self) -> bool:
         return sum(map(_version, self._values)) != self._versions
 
+    def _altered(self) -> bool:
+        """Whether a part has another attribute, parameter or part inside than when it was watched."""
+        return self._now() != self._state
+
+    def _now(self) -> tuple[list[Any], list[int], list[int]]:
+        """Settings, numbers of attributes, and which tensors and parts every part holds, by identity."""
+        owns = list(map(vars, self._parts))  # anew: torch.export puts other dictionaries there
+        settings = [own.get(name) for own in owns if "eps" in own or "shuffle" in own for name in _SETTINGS]
+        inside = [own[kind].values() for own in owns for kind in ("_parameters", "_buffers", "_modules")]
+        return settings, list(map(len, owns)), list(map(id, chain.from_iterable(inside)))
+
     def _apply(self, fn: Any, recurse: bool = True) -> InferenceModel:
-        if self._written():
+        if self._written() or self._altered():
             self._folded = None
         super()._apply(fn, recurse)
         self._watch()
@@ -123,7 +143,7 @@ class InferenceModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key not in _MADE_ANEW}
-        return state | {"_folded": None} if self._written() else state
+        return state | {"_folded": None} if self._written() or self._altered() else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -135,6 +155,8 @@ def _folded(model: Model, network: Model, dtype: torch.dtype) -> FoldedNetwork |
     if dtype == torch.float64 or not model.use_fused or not model.tokens.is_cpu:
         return None
     reason = library.why_not() or parts_of_its_own(model)
+    if reason is None and hooked_part(network) is not None and any(isinstance(m, ConvNorm) for m in network.modules()):
+        return None  # somebody watches what the engine would join: PyTorch is meant
     if reason is None:
         try:
             return FoldedNetwork(describe(model), arrays_of(network))
@@ -164,4 +186,5 @@ def _wants_numbers_only(x: Tensor) -> bool:
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and torch._C._len_torch_dispatch_stack() == 0
         and not is_transformed()
+        and not watched_globally()
     )

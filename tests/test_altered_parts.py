@@ -1,0 +1,268 @@
+"""A part is used unseen only while it is what it was built as: every kind of part, altered in every way it can be.
+
+The fused ways are held against the plain model with the same alteration. Where that one raises, they have to as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from golden_support import recipe_image, recipe_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mobileformer import Model
+from mobileformer.inference import module as inference_module
+from mobileformer.layers import ConvNorm, DropPath, DynamicReLU, Former, FormerToMobile, MobileToFormer
+
+Alteration = Callable[[nn.Module], object]
+SIZE = 64
+
+
+class Twice(nn.Module):
+    """A parametrisation, and what a wrapper does."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value * 1.25
+
+
+class Scaled(Tensor):
+    """A weight that computes by itself, as a quantised one does: twice what its numbers say, in a linear layer."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [a.as_subclass(Tensor) if isinstance(a, Scaled) else a for a in args]
+        kwargs = {k: v.as_subclass(Tensor) if isinstance(v, Scaled) else v for k, v in (kwargs or {}).items()}
+        if func is torch.nn.functional.linear and isinstance(args[1], Scaled):
+            return func(*plain, **kwargs) * 1.5
+        if func in (
+            Tensor.__deepcopy__,
+            Tensor.to,
+            Tensor.double,
+            Tensor.float,
+            Tensor.detach,
+            Tensor.clone,
+            Tensor.requires_grad_,
+        ):
+            return func(*plain, **kwargs).as_subclass(Scaled)
+        return func(*plain, **kwargs)
+
+
+def scaled(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value * 1.25
+    return type(value)(map(scaled, value))
+
+
+def wrapped_forward(module: nn.Module, *args: Any) -> Any:
+    return scaled(type(module).forward(module, *args))
+
+
+def wrap(module: nn.Module) -> None:
+    """As wrappers that keep the module do it: the instance gets a `forward` of its own."""
+    module.forward = functools.partial(wrapped_forward, module)
+
+
+def hook(module: nn.Module) -> None:
+    module.register_forward_hook(lambda _, args, out: scaled(out))
+
+
+def hook_before(module: nn.Module) -> None:
+    module.register_forward_pre_hook(lambda _, args, kwargs: ((scaled(args[0]), *args[1:]), kwargs), with_kwargs=True)
+
+
+def subclass(module: nn.Module) -> None:
+    kind = type(module)
+    module.__class__ = type("Other", (kind,), {"forward": lambda self, *args: scaled(kind.forward(self, *args))})
+
+
+def setting(name: str, value: Any) -> Alteration:
+    def alter(module: nn.Module) -> None:
+        setattr(module, name, value)
+
+    alter.__name__ = f"{name}={value}"
+    return alter
+
+
+def bias(module: nn.Module) -> None:
+    module.bias = nn.Parameter(torch.linspace(-0.5, 0.5, module.weight.shape[0], dtype=module.weight.dtype))
+
+
+def without(name: str) -> Alteration:
+    def alter(module: nn.Module) -> None:
+        setattr(module, name, None)
+
+    alter.__name__ = f"without {name}"
+    return alter
+
+
+def without_affine(module: nn.Module) -> None:
+    module.weight = module.bias = None
+
+
+def without_statistics(module: nn.Module) -> None:
+    module.track_running_stats = False
+    module.running_mean = module.running_var = module.num_batches_tracked = None
+
+
+def parametrized(module: nn.Module) -> None:
+    parametrize.register_parametrization(module, "weight", Twice(), unsafe=True)
+
+
+def tensor_subclass(module: nn.Module) -> None:
+    module.weight = nn.Parameter(module.weight.detach().as_subclass(Scaled), requires_grad=False)
+
+
+def in_training(module: nn.Module) -> None:
+    module.train(not module.training)
+
+
+def other_dtype(module: nn.Module) -> None:
+    module.half()
+
+
+ANY = [wrap, hook, hook_before, subclass]
+WAYS: dict[type[nn.Module], list[Alteration]] = {
+    nn.Conv2d: [
+        bias,
+        setting("stride", (1, 1)),
+        setting("padding", (0, 0)),
+        setting("padding", (2, 2)),
+        setting("dilation", (2, 2)),
+        setting("groups", 2),
+        parametrized,
+        other_dtype,
+    ],
+    nn.Linear: [without("bias"), parametrized, tensor_subclass, other_dtype],
+    nn.LayerNorm: [without_affine, without("bias"), setting("eps", 0.5), parametrized, other_dtype],
+    nn.BatchNorm2d: [
+        without_affine,
+        without_statistics,
+        in_training,
+        setting("eps", 0.5),
+        setting("momentum", None),
+        setting("track_running_stats", False),
+        parametrized,
+        other_dtype,
+    ],
+    nn.BatchNorm1d: [without_affine, without_statistics, in_training, setting("eps", 0.5), other_dtype],
+    nn.Dropout: [],
+    DropPath: [],
+    ConvNorm: [setting("activation", "relu6"), setting("activation", "identity"), setting("shuffle", 2)],
+    DynamicReLU: [],
+    MobileToFormer: [],
+    Former: [],
+    FormerToMobile: [],
+}
+
+
+def roles(variant: str) -> dict[tuple[str, str], list[str]]:
+    """(kind of block, path inside) -> paths: the parts that one line of code treats alike."""
+    model = Model(variant, use_fused=False)
+    found: dict[tuple[str, str], list[str]] = {}
+    for path, part in model.named_modules():
+        if type(part) in WAYS or path.count(".") == 1:
+            pieces = path.split(".")
+            inside = pieces[0] == "blocks"
+            kind = type(model.blocks[int(pieces[1])]).__name__ if inside else ""
+            found.setdefault((kind, ".".join(pieces[2:] if inside else pieces)), []).append(path)
+    return found
+
+
+def cases(variant: str, seed: int) -> list[Any]:
+    """Of every role one part, altered in the next of the ways of its kind; in two, where the ways are many."""
+    chosen = random.Random(seed)
+    listed: list[Any] = []
+    waiting: dict[type, list[Alteration]] = {}
+    for paths in roles(variant).values():
+        path = chosen.choice(paths)
+        kind = type(MODELS[variant][True].get_submodule(path))
+        for _ in range(2 if kind in (nn.Conv2d, nn.BatchNorm2d) else 1):
+            ways = waiting.setdefault(kind, [])
+            if not ways:
+                ways += [*WAYS.get(kind, []), *ANY]
+            way = ways.pop(0)
+            listed.append(pytest.param(variant, path, way, id=f"{variant}-{path}-{way.__name__}"))
+    return listed
+
+
+MODELS = {
+    variant: {fused: recipe_model(variant, use_fused=fused) for fused in (False, True)} for variant in ("26m", "52m")
+}
+CASES = [*cases("52m", 2), *cases("26m", 1)[::4]]
+
+
+@pytest.fixture(autouse=True)
+def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference_module, "_warned", set())
+    monkeypatch.delenv("MF_KERNELS_STRICT", raising=False)
+
+
+def altered(variant: str, fused: bool, path: str, way: Alteration, *, training: bool = False) -> Model:
+    model = copy.deepcopy(MODELS[variant][fused]).train(training)
+    way(model.get_submodule(path))
+    return model
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call gives, or that it raises."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return type(error).__name__
+
+
+def same(actual: Any, expected: Any, tolerance: float = 1e-8) -> None:
+    """Both raise, or both give the same numbers."""
+    if isinstance(expected, str) or isinstance(actual, str):
+        assert type(expected) is type(actual), (actual, expected)
+    else:
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def step(model: Model, x: Tensor) -> list[Tensor | None]:
+    logits = model(x)
+    logits.square().sum().backward()
+    return [logits.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize(("variant", "path", "way"), CASES)
+def test_an_altered_part_is_called(variant: str, path: str, way: Alteration) -> None:
+    x = recipe_image(2, SIZE, SIZE, seed=4, dtype=torch.float64)
+    expected = outcome(lambda: altered(variant, False, path, way)(x).detach())
+    fused = altered(variant, True, path, way)
+    with torch.no_grad():
+        same(outcome(lambda: fused(x)), expected)
+    if way is in_training or isinstance(expected, str):  # a copy for inference evaluates all of it, in one dtype
+        return
+    inference = outcome(lambda: altered(variant, True, path, way).to_inference(torch.float64)(x))
+    same(inference, expected)
+    plain = outcome(lambda: altered(variant, False, path, way).to_inference(torch.float64)(x))
+    same(plain, expected)
+
+
+@pytest.mark.parametrize(("variant", "path", "way"), CASES[::4])
+def test_an_altered_part_is_called_by_the_engines_copy(variant: str, path: str, way: Alteration) -> None:
+    """In float32, where the engine would serve: PyTorch does, with a warning that names the part, or in silence."""
+    x = recipe_image(2, SIZE, SIZE, seed=4, dtype=torch.float32)
+    model = altered(variant, True, path, way).float()
+    expected = outcome(lambda: model(x).detach())
+    if way is in_training or isinstance(expected, str):
+        return
+    same(outcome(lambda: model.to_inference()(x)), expected, 2e-3)
+
+
+@pytest.mark.parametrize(("variant", "path", "way"), CASES[1::4])
+def test_an_altered_part_is_called_in_training(variant: str, path: str, way: Alteration) -> None:
+    x = recipe_image(3, SIZE, SIZE, seed=5, dtype=torch.float64)
+    plain, fused = (outcome(lambda f=f: step(altered(variant, f, path, way, training=True), x)) for f in (False, True))
+    same(fused, plain, 1e-6)
