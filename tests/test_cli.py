@@ -206,3 +206,34 @@ def test_interrupt_leaves_cleanly() -> None:
 def test_json_is_strict() -> None:
     with pytest.raises(ValueError, match="Out of range"):
         output.print_json({"value": float("nan")})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="streams of a POSIX shell")
+@pytest.mark.parametrize(
+    ("streams", "words"),
+    [(">&-", "standard output is closed"), (">/dev/full", "standard output: No space left on device"), ("2>&-", "")],
+)
+@pytest.mark.parametrize("module", ["mobileformer --version", "mf_kernels"])
+def test_standard_output_that_takes_nothing(streams: str, words: str, module: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m {module} {streams}"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr == (f"error: {words}\n" if words else "")
+    assert done.returncode == (1 if words else 0)
+    assert bool(done.stdout) != bool(words)
+
+
+def test_names_that_the_encoding_lacks_are_escaped(folder: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from mobileformer.cli import app
+
+    image = tmp_path / os.fsdecode(b"caf\xe9\n.png")
+    image.write_bytes((folder / "images" / "b.png").read_bytes())
+    arguments = ["predict", str(image), "--weights", str(folder / "named.safetensors"), "--size", "64", "--top-k", "7"]
+    result = CliRunner(charset="ascii").invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "\\udce9\\n.png" in "".join(result.stdout.split())
+    assert "\\xe9l\\xe9phant" in result.stdout
+    result = CliRunner(charset="ascii").invoke(app, [*arguments, "--json"])
+    assert json.loads(result.stdout)["results"][0]["image"] == str(image)
