@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ def write(job: Job, path: Path) -> dict[str, Any]:
     with quietly():
         program = traced(job, job.dynamic_shapes())
         described = json.dumps(encode(job.metadata, form=FORMAT, version=FORMAT_VERSION))
-        torch.export.save(program, path, extra_files={"metadata": described})
+        # Into memory first: where the disk is full, torch's own file writer ends the process.
+        content = io.BytesIO()
+        torch.export.save(program, content, extra_files={"metadata": described})
+    path.write_bytes(content.getbuffer())
     operators = sum(node.op == "call_function" for node in program.graph.nodes)
     return {"nodes": operators}
 
