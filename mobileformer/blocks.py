@@ -142,7 +142,7 @@ def _drops_nothing(owner: nn.Module) -> bool:
 
 def _is_joinable(conv: ConvNorm) -> bool:
     """Whether convolution and norm can be one, with the dynamic ReLU that is to come as the only activation."""
-    return conv.activation == "identity" and conv.foldable
+    return conv.activation == "identity" and conv.use_fused and conv.has_constant_norm
 
 
 def add_over(y: Tensor, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def add_over(y: Tensor, x: Tensor) -> Tensor:
 def depthwise_with_relu(depthwise: ConvNorm, x: Tensor, theta: Tensor) -> Tensor:
     """Depthwise convolution, BatchNorm, dynamic ReLU in evaluation; two operators if shuffled between."""
     if depthwise.shuffle > 1:
-        return mf_kernels.dynamic_relu_(depthwise(x), theta)
+        return mf_kernels.dynamic_relu_(depthwise.run_folded(x), theta)
     weight, bias = depthwise.folded()
     return mf_kernels.depthwise_dynamic_relu(x, weight, bias, theta, stride=depthwise.stride)
 
@@ -223,8 +223,8 @@ class SameBlock(TokenBlock):
 
     def _infer(self, x: Tensor, tokens: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         tokens, key, value, theta1, theta2 = self.token_side(x, tokens, parameters)
-        y = mf_kernels.dynamic_relu_(self.expand(x), theta1)
-        y = self.project(depthwise_with_relu(self.depthwise, y, theta2))
+        y = mf_kernels.dynamic_relu_(self.expand.run_folded(x), theta1)
+        y = self.project.run_folded(depthwise_with_relu(self.depthwise, y, theta2))
         y = add_over(y, x) if self.has_skip else y
         return mf_kernels.former_to_mobile_(y, key, value, num_heads=BRIDGE_HEADS), tokens
 
@@ -296,6 +296,6 @@ class DownBlock(TokenBlock):
 
     def _infer(self, x: Tensor, tokens: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         tokens, key, value, theta1, theta2 = self.token_side(x, tokens, parameters)
-        middle = self.squeeze(depthwise_with_relu(self.down, x, theta1))
-        y = add_over(self.project(depthwise_with_relu(self.expand, middle, theta2)), middle)
+        middle = self.squeeze.run_folded(depthwise_with_relu(self.down, x, theta1))
+        y = add_over(self.project.run_folded(depthwise_with_relu(self.expand, middle, theta2)), middle)
         return mf_kernels.former_to_mobile_(y, key, value, num_heads=BRIDGE_HEADS), tokens

@@ -156,16 +156,20 @@ class ConvNorm(KernelModule):
     def forward(self, x: Tensor, theta: Tensor | None = None) -> Tensor:
         """With `theta` (B,2C'), for which see `joins_relu`, a dynamic ReLU takes the activation's place."""
         if self.foldable:
-            y = self._convolve(x, *self.folded(), self.activation)
+            return self.run_folded(x)
+        conv = self.conv
+        operator = self.use_fused and self._conv_is_plain and not watched_globally()
+        y = self._convolve(x, conv.weight, None, "identity") if operator else conv(x)
+        if self._joins_activation:
+            y = self._normalize(y, theta)
         else:
-            conv = self.conv
-            operator = self.use_fused and self._conv_is_plain and not watched_globally()
-            y = self._convolve(x, conv.weight, None, "identity") if operator else conv(x)
-            if self._joins_activation:
-                y = self._normalize(y, theta)
-            else:
-                y = self.norm(y)
-                y = F.relu6(y) if self.activation == "relu6" else y
+            y = self.norm(y)
+            y = F.relu6(y) if self.activation == "relu6" else y
+        return channel_shuffle(y, self.shuffle) if self.shuffle > 1 else y
+
+    def run_folded(self, x: Tensor) -> Tensor:
+        """`forward` for a caller who has asked `foldable`, which is not asked a second time."""
+        y = self._convolve(x, *self.folded(), self.activation)
         return channel_shuffle(y, self.shuffle) if self.shuffle > 1 else y
 
     @property
@@ -248,14 +252,22 @@ class ConvNorm(KernelModule):
         return self._built[3]
 
     def _tensors(self) -> list[Tensor | None]:
-        """What `folded` reads."""
-        conv, norm = self.conv, self.norm
-        return held(conv, "weight") + held(norm, "weight", "bias", "running_mean", "running_var")
+        """What `folded` reads, without `nn.Module.__getattr__`, which is slow."""
+        conv, norm = cast(nn.Conv2d, self._modules["conv"]), cast(nn.BatchNorm2d, self._modules["norm"])
+        scales, statistics = norm._parameters, norm._buffers
+        return [
+            conv._parameters.get("weight"),
+            scales.get("weight"),
+            scales.get("bias"),
+            statistics.get("running_mean"),
+            statistics.get("running_var"),
+        ]
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(weight, bias) of the one convolution that this is with its running statistics."""
         weight, scale, shift, mean, variance = cast(list[Tensor], self._tensors())
-        return mf_kernels.fold_batch_norm(weight, scale, shift, mean, variance, self.norm.eps)
+        norm = cast(nn.BatchNorm2d, self._modules["norm"])
+        return mf_kernels.fold_batch_norm(weight, scale, shift, mean, variance, norm.eps)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         return convolve(
@@ -266,7 +278,7 @@ class ConvNorm(KernelModule):
             stride=self.stride,
             groups=self.groups,
             activation=activation,
-            channels=self.conv.in_channels,
+            channels=cast(nn.Conv2d, self._modules["conv"]).in_channels,
         )
 
     def extra_repr(self) -> str:
@@ -275,7 +287,7 @@ class ConvNorm(KernelModule):
 
 def _settings(conv: nn.Conv2d) -> tuple[Any, ...]:
     """All that a convolution does besides its weight's numbers."""
-    weight, bias = held(conv, "weight", "bias")
+    weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
     shape = None if weight is None else weight.shape
     return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode, shape, bias is None
 

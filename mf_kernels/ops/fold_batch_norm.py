@@ -35,6 +35,27 @@ def fold_batch_norm(
     """
     if has_torch_function_unary(weight):  # a tracer's stand-in: two of them, which a caller can unpack
         return _fold_in_pytorch(weight, norm_weight, norm_bias, mean, variance, eps)
+    arguments = (weight, norm_weight, norm_bias, mean, variance, eps)
+    if not all(isinstance(argument, Tensor) for argument in arguments[:5]):
+        _check(*arguments)
+    _checks.epsilon(NAME, eps)
+    if (
+        torch.is_grad_enabled()
+        or not (weight.is_cpu and norm_weight.is_cpu and norm_bias.is_cpu and mean.is_cpu and variance.is_cpu)
+        or weight.dtype not in (torch.float32, torch.float64)
+        or not weight.dtype == norm_weight.dtype == norm_bias.dtype == mean.dtype == variance.dtype
+        or _registry.helper_missing(NAME, "cpu")
+    ):
+        _check(*arguments)
+        return _fold_in_pytorch(*arguments)
+    try:
+        return _FORWARD["native"](*arguments)
+    except RuntimeError:  # the kernel checks the same, at a tenth of the time; this has the words and the type
+        _check(*arguments)
+        raise
+
+
+def _check(weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, variance: Tensor, _: float) -> None:
     _checks.tensor(NAME, "weight", weight)
     if weight.dim() != 4:
         raise ValueError(f"{NAME}: weight: expected (O, I, K, K), got shape {tuple(weight.shape)}")
@@ -43,16 +64,6 @@ def fold_batch_norm(
     shape = weight.shape[:1]
     for name, vector in zip(VECTORS, (norm_weight, norm_bias, mean, variance), strict=True):
         _checks.companion(NAME, name, vector, weight, shape, "(O,)", of="weight", same=False)
-    _checks.epsilon(NAME, eps)
-    if (
-        torch.is_grad_enabled()
-        or weight.device.type != "cpu"
-        or weight.dtype not in (torch.float32, torch.float64)
-        or not weight.dtype == norm_weight.dtype == norm_bias.dtype == mean.dtype == variance.dtype
-        or _registry.helper_missing(NAME, "cpu")
-    ):
-        return _fold_in_pytorch(weight, norm_weight, norm_bias, mean, variance, eps)
-    return _FORWARD["native"](weight, norm_weight, norm_bias, mean, variance, eps)
 
 
 def _fold_in_pytorch(

@@ -145,7 +145,7 @@ def hooked_part(model: Model) -> str | None:
 class FoldedConv(KernelModule):
     """activation(convolution(x) + bias), then the channel shuffle."""
 
-    foldable = True
+    has_constant_norm = True
 
     def __init__(self, source: ConvNorm) -> None:
         super().__init__(source.use_fused)
@@ -168,6 +168,8 @@ class FoldedConv(KernelModule):
             activation=self.activation,
         )
         return channel_shuffle(y, self.shuffle) if self.shuffle > 1 else y
+
+    run_folded = forward
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """(weight, bias), as `ConvNorm.folded`."""

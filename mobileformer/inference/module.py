@@ -7,7 +7,7 @@ import threading
 import warnings
 from contextlib import nullcontext
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -28,8 +28,11 @@ from mobileformer.parts import watched_globally
 __all__ = ["DTYPES", "InferenceModel"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_MADE_ANEW = ("_engines", "_lock", "_hooks", "_parts", "_state", "_tokens", "_values", "_versions")
-_SETTINGS = ("eps", "stride", "groups", "activation", "shuffle")
+_MADE_ANEW = (
+    *("_engines", "_lock", "_hooks", "_tokens", "_values", "_versions"),
+    *("_inside", "_owns", "_settled", "_state"),
+)
+_SETTINGS = (("eps", "normalized_shape"), ("shuffle", "stride", "groups", "activation"))
 _version = attrgetter("_version")
 _warned: set[str] = set()
 
@@ -111,28 +114,38 @@ class InferenceModel(nn.Module):
         self._watch()
 
     def _watch(self) -> None:
-        """Remember the network as it is: the engine serves as long as nobody hooks into it or writes to it."""
+        """Remember the network as it is: the engine serves while nobody hooks into it, alters it or writes to it."""
         parts = list(self.network.modules())
-        self._parts = parts
-        self._state = self._now()
         self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._tokens = self.network.tokens
         self._values = [value for value in self.network.parameters() if not value.is_inference()]
         self._versions = sum(map(_version, self._values))
+        self._look()
+        self._state = self._now()
+
+    def _look(self) -> None:
+        """Keep the dictionaries that say what the parts are, so that each call only has to read them."""
+        self._owns = list(map(vars, self.network.modules()))
+        self._settled = [(itemgetter(*names), [own for own in self._owns if names[0] in own]) for names in _SETTINGS]
+        inside = [own[kind] for own in self._owns for kind in ("_parameters", "_buffers", "_modules")]
+        self._inside = [held for held in inside if held]
+
+    def _now(self) -> tuple[list[Any], list[int], list[Any]]:
+        """Settings, numbers of attributes, and the tensors and parts that every part holds."""
+        settings = [list(map(read, owns)) for read, owns in self._settled]
+        return settings, list(map(len, self._owns)), list(chain.from_iterable(map(dict.values, self._inside)))
 
     def _written(self) -> bool:
         return sum(map(_version, self._values)) != self._versions
 
     def _altered(self) -> bool:
-        """Whether a part has another attribute, parameter or part inside than when it was watched."""
-        return self._now() != self._state
-
-    def _now(self) -> tuple[list[Any], list[int], list[int]]:
-        """Settings, numbers of attributes, and which tensors and parts every part holds, by identity."""
-        owns = list(map(vars, self._parts))  # anew: torch.export puts other dictionaries there
-        settings = [own.get(name) for own in owns if "eps" in own or "shuffle" in own for name in _SETTINGS]
-        inside = [own[kind].values() for own in owns for kind in ("_parameters", "_buffers", "_modules")]
-        return settings, list(map(len, owns)), list(map(id, chain.from_iterable(inside)))
+        """Whether a part has another attribute, setting, parameter or part inside than when it was watched."""
+        if vars(self.network) is not self._owns[0]:  # torch.export puts other dictionaries there
+            self._look()
+        try:
+            return self._now() != self._state
+        except RuntimeError:  # two tensors that are not one have no single answer whether they are equal
+            return True
 
     def _apply(self, fn: Any, recurse: bool = True) -> InferenceModel:
         if self._written() or self._altered():
