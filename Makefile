@@ -61,7 +61,14 @@ build: $(VENV)/.built
 demo: $(VENV)/.installed $(VENV)/.built
 	$(BIN)/mobileformer demo
 
-test: $(VENV)/.developing $(VENV)/.built
+# The Triton of torch 2.11, beside the one of the environment: the kernels have to compile with both.
+build/triton-3.6/.fetched: requirements/triton-3.6.txt | $(VENV)/.developing
+	rm -rf $(@D)
+	PIP_CONSTRAINT= $(BIN)/pip install -qq --no-deps --target $(@D) -r $< || { echo "make test: requirements/triton-3.6.txt could not be installed, and without it nothing shows that the kernels compile with that Triton"; exit 1; }
+	@touch $@
+
+test: export MF_TRITON_3_6 := $(CURDIR)/build/triton-3.6
+test: $(VENV)/.developing $(VENV)/.built build/triton-3.6/.fetched
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(COVERAGE) $(TEST)
 
 coverage: COVERAGE := --cov --cov-report=term

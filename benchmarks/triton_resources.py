@@ -1,91 +1,144 @@
-"""Compile every Triton kernel at the launches of the model, without a GPU, and write down what each one needs.
+"""Compile every Triton kernel at the launches of the model and of the tests, without a GPU: what each one needs.
 
-    python benchmarks/triton_resources.py          # benchmarks/results/triton-resources.json and docs/triton.md
+    python benchmarks/triton_resources.py                                    # with the Triton of the environment
+    PYTHONPATH=build/triton-3.6 python benchmarks/triton_resources.py        # with the other one; `make test` gets it
+    python benchmarks/triton_resources.py --page                             # docs/triton.md again, from the files
 
-Every timed layer of `mf_kernels.testing`, forward and backward: bfloat16, channels_last, batch 128 for compute
-capability 8.0 and 9.0; float32, contiguous, batch 1 for 9.0. Takes a few minutes on one core.
+Each writes benchmarks/results/triton-resources-<version>.json and docs/triton.md. What is compiled: `CONFIGURATIONS`,
+forward and backward, each distinct kernel once. Takes ten minutes on one core.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
-from mf_kernels.testing import TIMED
+from mf_kernels.testing import CASES, TIMED
+from mf_kernels.triton._launch import Launch
 from mf_kernels.triton._resources import launches_of, resources, settings
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "triton-resources.json"
+KERNELS = ROOT / "mf_kernels" / "triton"
+RESULTS = ROOT / "benchmarks" / "results"
 TABLE = ROOT / "docs" / "triton.md"
+VERSIONS = ("3.6", "3.9")  # of torch 2.11, and of the torch that is tested here
+# rows -> those of `mf_kernels.testing`; a batch of None is the row's own
+CASES_OF = {"layers": TIMED, "tests": tuple(case for case in CASES if not case.layer_of and case.shapes["x"][0])}
 CONFIGURATIONS = (
-    {"arch": 90, "dtype": "bfloat16", "channels_last": True, "batch": 128},
-    {"arch": 80, "dtype": "bfloat16", "channels_last": True, "batch": 128},
-    {"arch": 90, "dtype": "float32", "channels_last": False, "batch": 1},
+    {"rows": "layers", "arch": 90, "dtype": "bfloat16", "channels_last": True, "batch": 128},
+    {"rows": "layers", "arch": 80, "dtype": "bfloat16", "channels_last": True, "batch": 128},
+    {"rows": "layers", "arch": 90, "dtype": "float32", "channels_last": False, "batch": 1},
+    {"rows": "tests", "arch": 90, "dtype": "bfloat16", "channels_last": True, "batch": None},
+    {"rows": "tests", "arch": 90, "dtype": "float32", "channels_last": False, "batch": None},
 )
+NEEDS = ("registers", "spilled_bytes", "shared_bytes", "loads", "stores")
 
 
-def rows() -> Iterator[tuple[dict[str, Any], Any]]:
-    """Each distinct kernel and setting once, with the first layer that launches it, and that launch."""
+def path_of(version: str) -> Path:
+    """`version` as in 3.6 or 3.6.0."""
+    return RESULTS / f"triton-resources-{'.'.join(version.split('.')[:2])}.json"
+
+
+def rows() -> Iterator[tuple[dict[str, Any], Launch]]:
+    """Each distinct kernel and setting once, with the first row that launches it, and that launch."""
+    seen = set()
     for configuration in CONFIGURATIONS:
-        seen = set()
         arch, batch, channels_last = (configuration[key] for key in ("arch", "batch", "channels_last"))
         dtype = getattr(torch, configuration["dtype"])
-        for case in TIMED:
-            for call in launches_of(case, dtype, channels_last=channels_last, batch=batch, arch=arch):
-                row = {
-                    "kernel": call.kernel.__name__,
-                    **configuration,
-                    "settings": settings(call),
-                }
-                key = json.dumps(row, sort_keys=True)
+        for case in CASES_OF[configuration["rows"]]:
+            batch_of_row = case.shapes["x"][0] if batch is None else batch
+            for call in launches_of(case, dtype, channels_last=channels_last, batch=batch_of_row, arch=arch):
+                kernel = {"kernel": call.kernel.__name__, "arguments": specialized(call), "settings": settings(call)}
+                key = json.dumps([arch, kernel], sort_keys=True)
                 if key not in seen:
                     seen.add(key)
-                    yield {"op": case.op, "layer": case.name, **row}, call
+                    yield {"op": case.op, "row": case.name, **configuration, **kernel}, call
+
+
+def specialized(call: Launch) -> str:
+    """What a compilation knows of the arguments: dtypes, None, and integers that are 1 or whole sixteens."""
+    told = {torch.float32: "f", torch.float16: "h", torch.bfloat16: "b"}
+    return "".join(
+        told[value.dtype]
+        if isinstance(value, Tensor)
+        else "-"
+        if value is None
+        else "1"
+        if value == 1
+        else ("x" if value % 16 == 0 else "i") + ("64" if value >= 2**31 else "")
+        for value in call.arguments.values()
+    )
+
+
+def sources() -> str:
+    """A digest of the kernels' code; comments, docstrings and what launches them do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(KERNELS.glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "triton.jit" for d in node.decorator_list):
+                if ast.get_docstring(node) is not None:
+                    node.body = node.body[1:]
+                digest.update(ast.unparse(node).encode())
+    return digest.hexdigest()
 
 
 def main() -> None:
     """Write both files, each to a temporary name first."""
-    table = [row | resources(call, row["arch"]) for row, call in rows()]
-    written = {"triton": triton.__version__, "kernels": table}
-    lines = ["[\n" + ",\n".join(json.dumps(row) for row in table) + "\n]"]
-    _write(RESULTS, f'{{"triton": {json.dumps(written["triton"])}, "kernels": {lines[0]}}}\n')
+    if sys.argv[1:] != ["--page"]:
+        head = {"triton": triton.__version__, "sources": sources()}
+        table = []
+        for row, call in rows():
+            table.append(row | resources(call, row["arch"]))
+            print(f"\r{len(table)} kernels", end="", file=sys.stderr, flush=True)
+        lines = ",\n".join(json.dumps(row) for row in table)
+        _write(path_of(triton.__version__), json.dumps(head)[:-1] + f', "kernels": [\n{lines}\n]}}\n')
+    written = [json.loads(path_of(v).read_text()) for v in VERSIONS if path_of(v).is_file()]
     _write(TABLE, markdown(written))
 
 
-def markdown(written: dict[str, Any]) -> str:
-    """The table for people: one line for each kernel of each configuration, its heaviest setting."""
+def markdown(written: list[dict[str, Any]]) -> str:
+    """The tables for people: one line for each kernel of each configuration, its heaviest setting."""
     lines = [
         "# Triton kernels: what they need",
         "",
-        "Written by `python benchmarks/triton_resources.py`; every setting is in",
-        "[triton-resources.json](../benchmarks/results/triton-resources.json).",
-        "Compiled for real, executed in Triton's interpreter, not yet timed on a card.",
-        "",
-        f"Triton {written['triton']}, at the layers of 26m, 294m and 508m. Each line is the worst over a kernel's",
-        "settings: most registers, spilled bytes and shared memory, fewest bytes that one load or store of a",
-        "thread moves at its widest.",
-        "",
-        "| kernel | sm | dtype, layout, batch | settings | registers | spilled | shared bytes | load | store |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "Written by `python benchmarks/triton_resources.py`, which compiles for real and needs no card. The kernels",
+        "are executed in Triton's interpreter and not yet timed on a card. Each line is the worst over a kernel's",
+        "settings: most registers, spilled bytes and shared memory, fewest bytes that one load or store of a thread moves",
+        "at its widest. Layers are those of 26m, 294m and 508m; tests are the rows that are there for a branch.",
     ]
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in written["kernels"]:
-        layout = "channels_last" if row["channels_last"] else "contiguous"
-        key = (row["kernel"], row["arch"], f"{row['dtype']}, {layout}, {row['batch']}")
-        groups.setdefault(key, []).append(row)
-    for (kernel, arch, what), group in sorted(groups.items()):
-        numbers = [
-            len(group),
-            *(max(row[key] for row in group) for key in ("registers", "spilled_bytes", "shared_bytes")),
-            *(min(max(int(width) for width in row[key]) for row in group) for key in ("loads", "stores")),
+    for result in written:
+        name = path_of(result["triton"]).name
+        lines += [
+            "",
+            f"## Triton {result['triton']}",
+            "",
+            f"Every setting is in [{name}](../benchmarks/results/{name}).",
+            "",
+            "| kernel | sm | rows, dtype, layout, batch | settings | registers | spilled | shared | load | store |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
-        lines.append(f"| {kernel} | {arch} | {what} | {' | '.join(map(str, numbers))} |")
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for row in result["kernels"]:
+            layout = "channels_last" if row["channels_last"] else "contiguous"
+            what = f"{row['rows']}, {row['dtype']}, {layout}, {row['batch'] or 'their own'}"
+            groups.setdefault((row["kernel"], row["arch"], what), []).append(row)
+        for (kernel, arch, what), group in sorted(groups.items()):
+            numbers = [
+                len(group),
+                *(max(row[key] for row in group) for key in ("registers", "spilled_bytes", "shared_bytes")),
+                *(min(max(int(width) for width in row[key]) for row in group) for key in ("loads", "stores")),
+            ]
+            lines.append(f"| {kernel} | {arch} | {what} | {' | '.join(map(str, numbers))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ races, no shared memory and no speed.
 from __future__ import annotations
 
 import pytest
+import slopes_support
 import torch
 from kernel_support import OPS, SMALL
 
@@ -202,3 +203,72 @@ def test_compiled_graphs_call_it(op: str) -> None:
         results = testing.evaluate(function, inputs, d_output)
     testing.assert_within_budget(case, torch.float32, results)
     assert record.counts == {f"{op}_fwd:triton:cpu": 1, f"{op}_bwd:triton:cpu": 1}
+
+
+@pytest.mark.parametrize("d_y", [1.0, -2.0, INF])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", slopes_support.FLAT)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which computes for the interpreter
+def test_slopes_at_the_corners(activation: str, dtype: torch.dtype, d_y: float) -> None:
+    case, inputs = slopes_support.depthwise_row(activation, dtype)
+    results = run(case, inputs, torch.full(case.output_shape, d_y, dtype=dtype))
+    slopes_support.assert_slopes(activation, results, d_y)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_dynamic_relu_at_the_corners() -> None:
+    case, inputs = slopes_support.dynamic_relu_row()
+    d_output = torch.full(case.output_shape, 2.0)
+    expected = testing.evaluate(case.function(reference), inputs, d_output)
+    for name, actual in run(case, inputs, d_output).items():
+        torch.testing.assert_close(actual, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_flat_hard_sigmoid_keeps_an_infinite_gradient_from_theta() -> None:
+    inputs = {"x": torch.full((1, 1, 1, 4), 1e38), "theta": torch.tensor([[4.0, -4.0]])}
+    case = _dynamic_relu("flat", 1, 1, 1, 4)
+    assert run(case, inputs, torch.full((1, 1, 1, 4), 1e38))["d_theta"].tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("op", OPS)
+def test_the_shape_function_promises_what_comes(op: str, direction: str) -> None:
+    call, arguments = raw(op, direction)
+    torch.library.opcheck(call, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def raw(op: str, direction: str) -> tuple[torch._ops.OpOverload, tuple]:
+    """A small call of an operator's Triton overload, as autograd makes it."""
+    case = SMALL[op]
+    inputs, d_output = case.inputs(torch.float32), case.d_output(torch.float32)
+    forward, backward = (getattr(torch.ops.mf_kernels, f"{op}_{way}").triton for way in ("fwd", "bwd"))
+    arguments = (*inputs.values(), *case.options.values())
+    if direction == "fwd":
+        return forward, arguments
+    if op == "mobile_to_former":
+        return backward, (d_output, *inputs.values(), *forward(*arguments), *case.options.values())
+    return backward, (d_output, *arguments)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_raw_call_with_another_shape_is_refused(op: str, direction: str) -> None:
+    """Each tensor shorter by one along each axis in turn: one line with the operator, and nothing is read beside it."""
+    call, arguments = raw(op, direction)
+    for number, tensor in enumerate(arguments):
+        for axis in range(tensor.dim() if isinstance(tensor, torch.Tensor) else 0):
+            if op == "dynamic_relu" and direction == "fwd" and number == 0 and axis > 1:
+                continue  # a map of another height or width goes with the same slopes
+            if op == "depthwise_conv2d" and direction == "fwd" and number == 0 and axis != 1:
+                continue  # and with the same filters
+            if op in OPS[:2] and direction == "fwd" and number == 0 and axis > 1:
+                continue  # and with the same tokens
+            if op == "mobile_to_former" and direction == "fwd" and number == 1 and axis == 1:
+                continue  # as does another number of tokens
+            if op == "mobile_to_former" and direction == "bwd" and number == 1 and axis > 1:
+                continue  # whose gradients have the map's batch and channels alone
+            shorter = tensor.narrow(axis, 0, tensor.shape[axis] - 1)
+            with pytest.raises((ValueError, TypeError), match=rf"^{op}: .*expected.*got.*$") as told:
+                call(*arguments[:number], shorter, *arguments[number + 1 :])
+            assert "\n" not in str(told.value)

@@ -21,10 +21,11 @@ MF_HOST_DEVICE inline A hard_sigmoid(A t) {
   return (shifted < A(0) ? A(0) : shifted > A(6) ? A(6) : shifted) / A(6);
 }
 
-// Slope of hard_sigmoid; torch.clamp passes the gradient at both ends
+// d_theta of a slope 2 hsig(theta) + const. torch.clamp passes the gradient at both ends; where the hard sigmoid is
+// flat, and at NaN, it is 0 even if the slope's gradient is not finite
 template <class A>
-MF_HOST_DEVICE inline A hard_sigmoid_slope(A t) {
-  return t + A(3) >= A(0) && t + A(3) <= A(6) ? A(1) / A(6) : A(0);
+MF_HOST_DEVICE inline A slope_gradient(A d_slope, A theta) {
+  return theta + A(3) >= A(0) && theta + A(3) <= A(6) ? d_slope * (A(2) * (A(1) / A(6))) : A(0);
 }
 
 // a1 = 2 hsig(theta1) in [0, 2]
@@ -59,12 +60,13 @@ MF_HOST_DEVICE inline A activate(A z, Activation activation) {
   return z;
 }
 
-// Slope of `activate`, as torch: 0 at both corners of relu6; of hardswish 0 below -3, z / 3 + 1/2 up to 3, then 1
+// d_y times the slope of `activate`, with torch's corners. relu6: 1 between 0 and 6, 0 at both, beyond and at NaN.
+// hardswish: 0 up to -3, z / 3 + 1/2 up to 3, then and at NaN 1. Where it is 0 an infinite d_y gives 0 too.
 template <class A>
-MF_HOST_DEVICE inline A activation_slope(A z, Activation activation) {
-  if (activation == Activation::relu6) return z > A(0) && z < A(6) ? A(1) : A(0);
-  if (activation == Activation::hardswish) return z < A(-3) ? A(0) : z <= A(3) ? z / A(3) + A(0.5) : A(1);
-  return A(1);
+MF_HOST_DEVICE inline A activation_gradient(A d_y, A z, Activation activation) {
+  if (activation == Activation::relu6) return z > A(0) && z < A(6) ? d_y : A(0);
+  if (activation == Activation::hardswish) return z <= A(-3) ? A(0) : z < A(3) ? d_y * (z / A(3) + A(0.5)) : d_y;
+  return d_y;
 }
 
 // Largest power of two that is at most n; n at least 1

@@ -41,13 +41,15 @@ void activate_row(A* row, int64_t count, Activation activation, const Slopes<A>&
   });
 }
 
-// Slope of the activation, corners as in torch
+// d_y times the slope of the activation: `activation_gradient` of common/math.h for vectors
 template <class A>
-MF_INLINE Vector<A> activation_slope(Vector<A> z, Activation activation) {
-  const Vector<A> zero{}, one = broadcast(A(1)), three = broadcast(A(3));
-  if (activation == Activation::relu6) return (z > zero) & (z < broadcast(A(6))) ? one : zero;
-  if (activation == Activation::hardswish) return z <= -three ? zero : z < three ? z * A(1.0 / 3) + A(0.5) : one;
-  return one;
+MF_INLINE Vector<A> activation_gradient(Vector<A> d_y, Vector<A> z, Activation activation) {
+  const Vector<A> zero{}, three = broadcast(A(3));
+  if (activation == Activation::relu6) return (z > zero) & (z < broadcast(A(6))) ? d_y : zero;
+  if (activation == Activation::hardswish) {
+    return z <= -three ? zero : z < three ? d_y * (z * A(1.0 / 3) + A(0.5)) : d_y;
+  }
+  return d_y;
 }
 
 }  // namespace mf::MF_ISA

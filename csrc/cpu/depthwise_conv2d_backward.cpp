@@ -145,7 +145,7 @@ class BackwardStrips {
       if (activation != Activation::identity) {
         convolve_into<A, K, S, 1>(z, rows, filters.tap, filters.bias, shape.OW);
         for (int64_t j = 0; j < shape.OW * lanes; j += lanes) {
-          store(g + j, load(g + j) * activation_slope<A>(load(z + j), activation));
+          store(g + j, activation_gradient<A>(load(g + j), load(z + j), activation));
         }
       }
       if (h >= begin && h < end) add_row_to_filters<A, K, S, false>(sums, {g, lanes}, rows, shape);

@@ -17,11 +17,4 @@ void take_slopes(Accumulator<T>* slopes, const T* theta, int64_t B, int64_t C) {
   }
 }
 
-// d_theta of one slope, 2 hsig(theta) + const; 0 where the hard sigmoid is flat, even if the slope's gradient is not finite
-template <class A>
-inline A slope_gradient(A d_slope, A theta) {
-  const A steepness = A(2) * hard_sigmoid_slope(theta);
-  return steepness == A(0) ? A(0) : d_slope * steepness;
-}
-
 }  // namespace mf

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) {
           const float value = WAY == Way::columns ? z[r][i][0] : z[r][c][i];
-          out[i] = d_y != nullptr ? gradient[i] * activation_slope(value, activation) : activate(value, activation);
+          out[i] = d_y != nullptr ? activation_gradient(gradient[i], value, activation) : activate(value, activation);
         }
         store<WIDTH>(y + at, out);
       }

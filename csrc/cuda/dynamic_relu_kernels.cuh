@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(THREADS, 1) dynamic_relu_rows(T* __restrict__ 
 // Gradients of theta from those of the slopes; a1 and a2 are both 2 hsig(theta) + const
 template <class T>
 __device__ inline void finish_slope(T* d_theta, const T* theta, int64_t at, float d_slope) {
-  from_float(d_theta[at], 2.0f * d_slope * hard_sigmoid_slope(to_float(theta[at])));
+  from_float(d_theta[at], slope_gradient(d_slope, to_float(theta[at])));
 }
 
 // d_slopes of one part go to the partial sums, or, where there is one part only, straight to d_theta

@@ -13,16 +13,17 @@ from mf_kernels import _registry, _triton
 Overloads = dict[str, Callable[..., Any]]
 
 
-def define(name: str, signature: str, fake: Callable[..., Any]) -> Overloads:
-    """Declare `mf_kernels::<name>.native` and `.triton` with their shape function; libraries fill them when loaded.
+def define(name: str, signature: str, fake: Callable[..., Any] | Overloads) -> Overloads:
+    """Declare `mf_kernels::<name>.native` and `.triton`, with one shape function or one for each.
 
-    Declared here and not in C++, an operator exists (for export, compile and tests) with no compiler and no GPU.
+    Libraries fill them when they are loaded. Declared here and not in C++, an operator exists (for export, compile and
+    tests) with no compiler and no GPU.
     """
     overloads: Overloads = {}
     for backend in ("native", "triton"):
         qualified = f"mf_kernels::{name}.{backend}"
         torch.library.define(qualified, signature, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.register_fake(qualified, fake)
+        torch.library.register_fake(qualified, fake[backend] if isinstance(fake, dict) else fake)
         if backend == "triton" and name.removesuffix("_fwd").removesuffix("_bwd") in _registry.OPS:
             _triton.register(name, _registry.count_served)
         overloads[backend] = getattr(getattr(torch.ops.mf_kernels, name), backend)

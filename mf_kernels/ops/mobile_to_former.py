@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -48,10 +49,11 @@ def mobile_to_former(x: Tensor, q: Tensor, *, num_heads: int = 2) -> Tensor:
     return _FORWARD[backend](x, q, num_heads)[0]
 
 
-def _forward_fake(x: Tensor, q: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """With what backward needs: log-sum-exp (B, N, M) on CUDA, largest score and sum (B, N, M, 2) on CPU."""
+def _forward_fake(x: Tensor, q: Tensor, num_heads: int, *, native: bool) -> tuple[Tensor, Tensor]:
+    """With what backward needs: log-sum-exp (B, N, M), of the CPU's library largest score and sum (B, N, M, 2)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    shape = (q.shape[0], num_heads, q.shape[1], 2) if x.device.type == "cpu" else (q.shape[0], num_heads, q.shape[1])
+    pairs = (2,) if native and x.device.type == "cpu" else ()
+    shape = (q.shape[0], num_heads, q.shape[1], *pairs)
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(shape, dtype=dtype)
 
 
@@ -63,7 +65,9 @@ def _backward_fake(
 
 
 _FORWARD = _library.define(
-    f"{NAME}_fwd", "(Tensor x, Tensor q, int num_heads) -> (Tensor out, Tensor statistics)", _forward_fake
+    f"{NAME}_fwd",
+    "(Tensor x, Tensor q, int num_heads) -> (Tensor out, Tensor statistics)",
+    {name: functools.partial(_forward_fake, native=name == "native") for name in ("native", "triton")},
 )
 _BACKWARD = _library.define(
     f"{NAME}_bwd",

@@ -38,9 +38,9 @@ def hard_sigmoid(t):
 
 
 @triton.jit
-def hard_sigmoid_slope(t):
-    """1/6 where 0 <= t + 3 <= 6: torch.clamp passes the gradient at both ends."""
-    return tl.where((t + 3.0 >= 0.0) & (t + 3.0 <= 6.0), 1.0 / 6.0, 0.0)
+def slope_gradient(d_slope, theta):
+    """d_theta of a slope 2 hsig(theta) + const: torch.clamp passes the gradient at both ends, and 0 beyond them."""
+    return tl.where((theta + 3.0 >= 0.0) & (theta + 3.0 <= 6.0), d_slope * (1.0 / 3.0), 0.0)
 
 
 @triton.jit

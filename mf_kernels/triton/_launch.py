@@ -31,10 +31,12 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread; None leaves it to the assembler
 
     def options(self) -> dict[str, Any]:
         # A product and a sum may be one instruction: said here, for the default changes between releases.
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
 @dataclass
@@ -72,9 +74,10 @@ def launch(
     *,
     num_warps: int,
     num_stages: int = 1,
+    max_registers: int | None = None,
 ) -> None:
     """Run `programs` instances of a kernel on the current stream of its tensors' device; none for 0."""
-    call = Launch(kernel, programs, arguments, constants, num_warps, num_stages)
+    call = Launch(kernel, programs, arguments, constants, num_warps, num_stages, max_registers)
     current = _recording.get()
     if programs == 0:
         return

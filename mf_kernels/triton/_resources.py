@@ -51,7 +51,8 @@ def launches_of(case: Case, dtype: torch.dtype, *, channels_last: bool, batch: i
 
 def settings(call: Launch) -> dict[str, Any]:
     """The compile-time side of a launch."""
-    return {**call.constants, "num_warps": call.num_warps, "num_stages": call.num_stages}
+    limit = {} if call.max_registers is None else {"max_registers": call.max_registers}
+    return {**call.constants, "num_warps": call.num_warps, "num_stages": call.num_stages, **limit}
 
 
 def compile_launch(call: Launch, arch: int) -> Any:

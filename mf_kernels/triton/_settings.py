@@ -100,6 +100,12 @@ class Attention(NamedTuple):
     num_stages: int
 
 
+def check_tokens(op: str, name: str, tokens: int) -> None:
+    """Raise ValueError where the kernels have no room for so many tokens."""
+    if not 1 <= tokens <= 8:
+        raise ValueError(f"{op}: {name}: expected 1 to 8 tokens, got {tokens}")
+
+
 def attention(
     B: int,
     L: int,
@@ -110,8 +116,7 @@ def attention(
     *,
     backward: bool,
 ) -> Attention:
-    # Tensor cores multiply 16 deep in half precision; without them 8 is the least that a product takes.
-    depth = 8 if dtype == torch.float32 else 16
+    depth = 16  # the least that `tl.dot` takes in Triton 3.6, in float32 too: tokens and channels are padded to it
     block_e = min(max(depth, power_of_two(E)), 64 if dtype == torch.float32 else 128)
     chunks = ceil_div(E, block_e)
     aligned = E * dtype.itemsize % 16 == 0
@@ -143,8 +148,10 @@ def depthwise(
     channels_last: bool,
     heavy: bool,
     capability: tuple[int, int],
+    *,
+    elements: int = 2048,
 ) -> Depthwise:
-    """`height` and `width` are those of the output, `channels` those that the tiles cut.
+    """`height` and `width` are those of the output, `channels` those that the tiles cut, into `elements` at most.
 
     `heavy`: an element takes more registers than it has to, so that a thread gets half as many. That is so for
     float32, for 25 taps, and where neighbours are not loaded 16 bytes at once: contiguous maps (a tap shifts the
@@ -157,9 +164,9 @@ def depthwise(
         block_c = min(2, power_of_two(channels))
         block_w = min(block_of(width, (8, 16, 32, 64)), power_of_two(width))
     # As square as it goes: the rows above and below a tile are read once more by its neighbours.
-    block_h = max(1, min(2048 // (block_c * block_w), power_of_two(height), 16))
+    block_h = max(1, min(elements // (block_c * block_w), power_of_two(height), 16))
     rows_of_tiles = B * ceil_div(channels, block_c) * ceil_div(width, block_w)
     block_h = fill(block_h, min(block_h, 2), height, rows_of_tiles, multiprocessors(capability))
     tiles = B * ceil_div(height, block_h) * ceil_div(width, block_w)
-    share = 512 if heavy else 1024
+    share = elements // 4 if heavy else elements // 2
     return Depthwise(block_c, block_h, block_w, tiles, max(1, min(4, block_c * block_h * block_w // share)))

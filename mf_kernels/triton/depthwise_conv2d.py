@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mf_kernels import _checks
 from mf_kernels.triton import _launch, _settings
 from mf_kernels.triton._common import hard_sigmoid, map_offset, sum_over_splits
 from mf_kernels.triton._launch import capability, dense, dense_like, is_channels_last, launch, new_map
@@ -37,11 +38,11 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activation_slope(z, ACTIVATION: tl.constexpr):
-    """act'(z), as torch: 0 at both corners of relu6; of hardswish 0 below -3, z / 3 + 1/2 up to 3, then 1."""
+def activation_gradient(d_y, z, ACTIVATION: tl.constexpr):
+    """d_y act'(z) with the corners of `activation_gradient` in csrc/common/math.h, which are torch's."""
     if ACTIVATION == "hardswish":
-        return tl.where(z < -3.0, 0.0, tl.where(z <= 3.0, z / 3.0 + 0.5, 1.0))
-    return tl.where((z <= 0.0) | (z >= 6.0), 0.0, 1.0)
+        return tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, d_y * (z / 3.0 + 0.5), d_y))
+    return tl.where((z > 0.0) & (z < 6.0), d_y, 0.0)
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def depthwise_forward(
         y = activate(z, ACTIVATION)
     else:
         d_y = tl.load(d_y_ptr + sample + at, mask=mask, other=0.0).to(tl.float32)
-        y = d_y * activation_slope(z, ACTIVATION)
+        y = activation_gradient(d_y, z, ACTIVATION)
     tl.store(y_ptr + sample + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -204,6 +205,12 @@ def depthwise_filters(
     tl.store(d_bias_ptr + o, value.to(d_bias_ptr.dtype.element_ty), mask=mask & (tap == K * K))
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, activation: str) -> None:
+    """A raw call comes here unchecked, and the kernels read by these shapes."""
+    _checks.feature_map("depthwise_conv2d", x)
+    _checks.depthwise("depthwise_conv2d", x, weight, bias, stride, activation)
+
+
 def _step(side: int) -> int:
     """The largest power of two up to 16 that divides a side: how its rows are aligned."""
     return min(side & -side, 16)
@@ -259,6 +266,7 @@ def _run_forward(
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, activation: str) -> Tensor:
     """x (B, C, H, W), weight (O, 1, K, K), bias (O) or None -> y (B, O, OH, OW)."""
+    _check(x, weight, bias, stride, activation)
     bias = bias.contiguous() if bias is not None else None
     return _run_forward(dense(x), weight.contiguous(), bias, stride, activation, None)
 
@@ -267,6 +275,10 @@ def backward(
     d_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_y (B, O, OH, OW) and the inputs of forward -> d_x (B, C, H, W), d_weight (O, 1, K, K), d_bias (O)."""
+    _check(x, weight, bias, stride, activation)
+    side = ((x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
+    shape = (x.shape[0], weight.shape[0], *side)
+    _checks.companion("depthwise_conv2d", "d_y", d_y, x, shape, "(B, C*mult, OH, OW)")
     x, weight = dense(x), weight.contiguous()
     d_z = dense_like(d_y, x)
     if activation != "identity":
@@ -276,7 +288,9 @@ def backward(
     O, K = weight.shape[0], weight.shape[2]
     OH, OW = d_z.shape[2:]
     channels_last = is_channels_last(x)
-    s = _settings.depthwise(B, C, OH, OW, channels_last, _heavy(x, weight), capability(x))
+    several_filters = O > C  # then 16 elements a thread spill, and so do 8 where the assembler saves on registers
+    elements = 1024 if several_filters else 2048
+    s = _settings.depthwise(B, C, OH, OW, channels_last, _heavy(x, weight), capability(x), elements=elements)
     d_x, d_weight = new_map(x, C, H, W), torch.empty_like(weight)
     d_bias = weight.new_empty(O)
     partial = x.new_empty((s.tiles, K * K + 1, O), dtype=torch.float32)
@@ -307,6 +321,7 @@ def backward(
             "BLOCK_W": s.block_w,
         },
         num_warps=s.num_warps,
+        max_registers=168 if several_filters else None,
     )
     launch(
         depthwise_filters,

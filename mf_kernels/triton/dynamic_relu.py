@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mf_kernels import _checks
 from mf_kernels.triton import _settings
-from mf_kernels.triton._common import hard_sigmoid, hard_sigmoid_slope, map_offset, sum_over_splits
+from mf_kernels.triton._common import hard_sigmoid, map_offset, slope_gradient, sum_over_splits
 from mf_kernels.triton._launch import (
     capability,
     dense,
@@ -125,8 +126,8 @@ def dynamic_relu_backward(
     if ONE_SPLIT:
         # d_theta = 2 hsig'(theta) d_a, for both slopes
         at = b * (2 * C) + c
-        d_theta1 = 2.0 * d_slope1 * hard_sigmoid_slope(theta1)
-        d_theta2 = 2.0 * d_slope2 * hard_sigmoid_slope(theta2)
+        d_theta1 = slope_gradient(d_slope1, theta1)
+        d_theta2 = slope_gradient(d_slope2, theta2)
         tl.store(d_theta_ptr + at, d_theta1.to(d_theta_ptr.dtype.element_ty), mask=c < C)
         tl.store(d_theta_ptr + at + C, d_theta2.to(d_theta_ptr.dtype.element_ty), mask=c < C)
     else:
@@ -149,8 +150,14 @@ def dynamic_relu_theta(
     mask = index < count
     d_slope = sum_over_splits(partial_ptr, index, mask, count, splits, BLOCK, BLOCK_S)
     theta = tl.load(theta_ptr + index, mask=mask, other=0.0).to(tl.float32)
-    d_theta = 2.0 * d_slope * hard_sigmoid_slope(theta)
+    d_theta = slope_gradient(d_slope, theta)
     tl.store(d_theta_ptr + index, d_theta.to(d_theta_ptr.dtype.element_ty), mask=mask)
+
+
+def _check(x: Tensor, theta: Tensor) -> None:
+    """A raw call comes here unchecked, and the kernels read by these shapes."""
+    _checks.feature_map("dynamic_relu", x)
+    _checks.companion("dynamic_relu", "theta", theta, x, (x.shape[0], 2 * x.shape[1]), "(B, 2C)")
 
 
 def _settings_of(x: Tensor) -> _settings.DynamicReLU:
@@ -160,6 +167,7 @@ def _settings_of(x: Tensor) -> _settings.DynamicReLU:
 
 def forward(x: Tensor, theta: Tensor) -> Tensor:
     """x (B, C, H, W), theta (B, 2C) -> y (B, C, H, W)."""
+    _check(x, theta)
     x, theta = dense(x), theta.contiguous()
     B, C, H, W = x.shape
     y, s = new_map(x, C, H, W), _settings_of(x)
@@ -176,6 +184,8 @@ def forward(x: Tensor, theta: Tensor) -> Tensor:
 
 def backward(d_y: Tensor, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """d_y, x (B, C, H, W), theta (B, 2C) -> d_x (B, C, H, W), d_theta (B, 2C)."""
+    _check(x, theta)
+    _checks.companion("dynamic_relu", "d_y", d_y, x, tuple(x.shape), "(B, C, H, W)")
     x, theta = dense(x), theta.contiguous()
     d_y = dense_like(d_y, x)
     B, C, H, W = x.shape

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mf_kernels import _checks
 from mf_kernels.triton import _settings
 from mf_kernels.triton._common import load_head, load_tokens, product, store_partial, sum_splits
 from mf_kernels.triton._launch import (
@@ -171,6 +172,14 @@ def former_to_mobile_backward(
         store_partial(d_k_ptr + first + B * M * C, acc_v, b, m, n, own, M, C, E)
 
 
+def _check(x: Tensor, k: Tensor, v: Tensor, num_heads: int) -> None:
+    """A raw call comes here unchecked, and the kernels read by these shapes."""
+    _checks.feature_map("former_to_mobile", x)
+    _checks.tokens("former_to_mobile", "k", k, x, num_heads)
+    _checks.companion("former_to_mobile", "v", v, x, tuple(k.shape), "(B, M, C)")
+    _settings.check_tokens("former_to_mobile", "k", k.shape[1])
+
+
 def _plan(
     x: Tensor, M: int, num_heads: int, backward: bool
 ) -> tuple[_settings.Attention, dict[str, Any], dict[str, Any]]:
@@ -198,6 +207,7 @@ def _plan(
 
 def forward(x: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """x (B, C, H, W), k and v (B, M, C) -> y (B, C, H, W)."""
+    _check(x, k, v, num_heads)
     x, k, v = dense(x), k.contiguous(), v.contiguous()
     B, C, H, W = x.shape
     s, positions, constants = _plan(x, k.shape[1], num_heads, backward=False)
@@ -214,6 +224,8 @@ def forward(x: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 def backward(d_y: Tensor, x: Tensor, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """d_y, x (B, C, H, W), k and v (B, M, C) -> d_x (B, C, H, W), d_k and d_v (B, M, C)."""
+    _check(x, k, v, num_heads)
+    _checks.companion("former_to_mobile", "d_y", d_y, x, tuple(x.shape), "(B, C, H, W)")
     x, k, v = dense(x), k.contiguous(), v.contiguous()
     d_y = dense_like(d_y, x)
     B, C, H, W = x.shape

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mf_kernels import _checks
 from mf_kernels.triton import _settings
 from mf_kernels.triton._common import load_head, load_tokens, product, store_partial, sum_splits
 from mf_kernels.triton._launch import (
@@ -239,6 +240,15 @@ def mobile_to_former_backward(
     store_partial(d_q_ptr + first, SCALE * acc, b, m, n, own, M, C, E)
 
 
+def _check(x: Tensor, num_heads: int, q: Tensor, **others: Tensor) -> None:
+    """A raw call comes here unchecked, and the kernels read by these shapes."""
+    _checks.feature_map("mobile_to_former", x)
+    _checks.tokens("mobile_to_former", "q", q, x, num_heads)
+    _settings.check_tokens("mobile_to_former", "q", q.shape[1])
+    for name, tokens in others.items():
+        _checks.companion("mobile_to_former", name, tokens, x, tuple(q.shape), "(B, M, C)")
+
+
 def _plan(
     x: Tensor, M: int, num_heads: int, backward: bool
 ) -> tuple[_settings.Attention, dict[str, Any], dict[str, Any]]:
@@ -267,6 +277,7 @@ def _plan(
 
 def forward(x: Tensor, q: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """x (B, C, H, W), q (B, M, C) -> out (B, M, C), log_sum_exp (B, N, M) float32."""
+    _check(x, num_heads, q)
     x, q = dense(x), q.contiguous()
     B, M, C = q.shape
     s, arguments, constants = _plan(x, M, num_heads, backward=False)
@@ -316,6 +327,11 @@ def backward(
     d_out: Tensor, x: Tensor, q: Tensor, out: Tensor, log_sum_exp: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor]:
     """d_out, q, out (B, M, C), x (B, C, H, W), log_sum_exp (B, N, M) -> d_x (B, C, H, W), d_q (B, M, C)."""
+    _check(x, num_heads, q, d_out=d_out, out=out)
+    wanted = (q.shape[0], num_heads, q.shape[1])
+    if tuple(log_sum_exp.shape) != wanted or log_sum_exp.dtype != torch.float32 or log_sum_exp.device != x.device:
+        told = f"{tuple(log_sum_exp.shape)} of {log_sum_exp.dtype} on {log_sum_exp.device}"
+        raise ValueError(f"mobile_to_former: statistics: expected (B, N, M) = {wanted} of torch.float32, got {told}")
     x, q, d_out, out = dense(x), q.contiguous(), d_out.contiguous(), out.contiguous()
     B, C, H, W = x.shape
     s, arguments, constants = _plan(x, q.shape[1], num_heads, backward=True)
@@ -337,6 +353,8 @@ def backward(
         constants,
         num_warps=s.num_warps,
         num_stages=s.num_stages,
+        # a narrow head needs fewer than the assembler tries to save, by spilling; a wide one needs all there are
+        max_registers=168 if s.block_e == 16 else None,
     )
     if partial is not None:
         launch(
