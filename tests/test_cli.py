@@ -111,7 +111,6 @@ def test_every_variant_has_its_numbers() -> None:
     "arguments",
     [
         ("convert", "in.pth", "out.onnx"),
-        ("convert", "in.pth", "out.pth", "--labels", "names.txt"),
         ("convert", "in.pth", "out.safetensors", "--variant", "295m"),
         ("convert", "in.pth"),
         ("predict",),

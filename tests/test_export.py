@@ -304,5 +304,5 @@ def test_what_the_command_shows(checked: bool, tmp_path: Path, monkeypatch: pyte
 def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
     mobileformer.save_weights(make("26m"), weights)
-    assert "expected the ending .onnx" in run_json("export", tmp_path / "x", "--weights", weights, code=1)["error"]
+    assert "an ending of .onnx" in run_json("export", tmp_path / "x", "--weights", weights, code=2)["error"]
     assert "none.pth" in run_json("export", tmp_path / "x.onnx", "--weights", tmp_path / "none.pth", code=1)["error"]
