@@ -113,9 +113,8 @@ def markdown(written: list[dict[str, Any]]) -> str:
         "",
         "Written by `python benchmarks/triton_resources.py`, which compiles for real and needs no card. The kernels",
         "are executed in Triton's interpreter and not yet timed on a card. Each line is the worst over a kernel's",
-        "settings: most registers, spilled bytes and shared memory, fewest bytes that one load or store of a thread"
-        " moves",
-        "at its widest. Layers are those of 26m, 294m and 508m; tests are the rows that are there for a branch.",
+        "settings: most registers, spilled bytes and shared memory, fewest bytes that one load or store of a thread",
+        "moves at its widest. Layers are those of 26m, 294m and 508m; tests are the rows that are there for a branch.",
     ]
     for result in written:
         name = path_of(result["triton"]).name

@@ -320,8 +320,9 @@ def backward(
             "BLOCK_H": s.block_h,
             "BLOCK_W": s.block_w,
         },
-        num_warps=s.num_warps,
-        max_registers=168 if several_filters else None,
+        num_warps=max(s.num_warps, 2) if K > 3 else s.num_warps,
+        # left alone, the assembler spills a value or two for the sake of fewer registers
+        max_registers=168 if several_filters else 255,
     )
     launch(
         depthwise_filters,
