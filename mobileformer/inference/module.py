@@ -32,7 +32,7 @@ _MADE_ANEW = (
     *("_engines", "_lock", "_hooks", "_tokens", "_values", "_versions"),
     *("_inside", "_owns", "_settled", "_state"),
 )
-_SETTINGS = (("eps", "normalized_shape"), ("shuffle", "stride", "groups", "activation"))
+_SETTINGS = (("eps",), ("shuffle", "stride", "groups", "activation"))
 _version = attrgetter("_version")
 _warned: set[str] = set()
 
@@ -126,7 +126,9 @@ class InferenceModel(nn.Module):
     def _look(self) -> None:
         """Keep the dictionaries that say what the parts are, so that each call only has to read them."""
         self._owns = list(map(vars, self.network.modules()))
-        self._settled = [(itemgetter(*names), [own for own in self._owns if names[0] in own]) for names in _SETTINGS]
+        self._settled = [
+            (itemgetter(*names), [own for own in self._owns if own.keys() >= set(names)]) for names in _SETTINGS
+        ]
         inside = [own[kind] for own in self._owns for kind in ("_parameters", "_buffers", "_modules")]
         self._inside = [held for held in inside if held]
 
