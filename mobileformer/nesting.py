@@ -22,6 +22,7 @@ from mobileformer.metadata import WeightsError
 __all__ = ["KEY", "Contents", "find_weights"]
 
 KEY = "mobileformer"  # below it a checkpoint of ours has what a safetensors file has as text metadata
+_DESCRIBED = ("labels", "mean", "std", "input_size", "crop_fraction", "spatial_dynamic_relu")
 _RAW = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights", "params")
 _AVERAGE = (
     "state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", "params_ema",
@@ -182,16 +183,19 @@ def _is_run(content: Mapping[Any, Any]) -> bool:
 
 
 def _run(content: Mapping[Any, Any]) -> dict[str, Any]:
-    """What the recipe in a training run's checkpoint says of the weights; what it does not say is left out."""
+    """What a training run's checkpoint says of its weights; in one from before it did, what its recipe says."""
     if not _is_run(content):
         return {}
+    description = content.get("description")
+    if isinstance(description, Mapping):
+        told = {key: description.get(key) for key in _DESCRIBED}
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in told.items() if value}
     recipe, progress = content["recipe"], content["progress"]
     told: dict[str, Any] = {"crop_fraction": recipe.get("crop_fraction")}
     try:
         done = (progress["epoch"] - 1) / (recipe["epochs"] + recipe["cooldown_epochs"])
         sides = [side for start, side in recipe["sizes"] if max(done, 0) >= start]
         told["input_size"] = int(recipe["evaluation_size"] or sides[-1])
-        told["labels"] = tuple(map(str, content["classes"])) if content.get("classes") else None
         told["mean"], told["std"] = (tuple(map(float, recipe[key])) for key in ("mean", "std"))
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
         pass  # of another version: what could be read is still true

@@ -320,10 +320,10 @@ def _metadata(contents: Contents, name: str) -> Metadata:
     metadata = _infer_metadata(contents.state, name)
     if not contents.run:
         return metadata
-    metadata = dataclasses.replace(metadata, **contents.run)
     try:
+        metadata = dataclasses.replace(metadata, **contents.run)
         check(metadata)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise WeightsError(f"{name}: its recipe does not fit its weights ({error})") from error
     return metadata
 

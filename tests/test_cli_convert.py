@@ -22,7 +22,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_files(tmp_path_factory.mktemp("convert"))
 
 
-def stopped_run(path: Path, *, evaluated: bool, averaged: bool = True) -> tuple[mobileformer.Model, mobileformer.Model]:
+def stopped_run(
+    path: Path, *, evaluated: bool, averaged: bool = True, description: dict | None = None
+) -> tuple[mobileformer.Model, mobileformer.Model]:
     """(raw, average) whose run's checkpoint is written."""
     recipe = read_recipe("fashion-mnist", ["mean=[0.2]", "std=[0.3]"])
     raw = mobileformer.Model(recipe.variant, num_classes=4, in_chans=1).eval()
@@ -32,7 +34,7 @@ def stopped_run(path: Path, *, evaluated: bool, averaged: bool = True) -> tuple[
     progress = Progress(epoch=int(evaluated), validation={"top1": 50.0} if evaluated else {})
     save_state(
         path, recipe, progress, model=raw.state_dict(), optimizer={"state": {}},
-        average=average.state_dict() if averaged else None,
+        average=average.state_dict() if averaged else None, description=description,
     )  # fmt: skip
     return raw, average
 
@@ -55,6 +57,20 @@ def test_the_checkpoint_of_a_stopped_run_becomes_weights(tmp_path: Path, evaluat
     if not evaluated:
         failure = run_json("convert", checkpoint, out, "--force", "--weights-of", "average", code=1)
         assert "no BatchNorm statistics of its own" in failure["error"]
+
+
+def test_what_a_run_knows_of_its_data_becomes_the_weights_text(tmp_path: Path) -> None:
+    checkpoint, out = tmp_path / "checkpoint.pt", tmp_path / "out.safetensors"
+    told = {"labels": ["b", "ä", "c", "d"], "mean": [0.25], "std": [0.5], "input_size": 80, "crop_fraction": 0.9}
+    network = {"variant": "52m", "num_classes": 4, "in_chans": 1, "spatial_dynamic_relu": False}
+    stopped_run(checkpoint, evaluated=False, description={**network, **told})
+    run("convert", checkpoint, out)
+    metadata = mobileformer.read_metadata(out)
+    assert {key: getattr(metadata, key) for key in told} == {
+        k: tuple(v) if isinstance(v, list) else v for k, v in told.items()
+    }
+    stopped_run(checkpoint, evaluated=False, description={**network, **told, "labels": 7})
+    assert "does not fit" in run_json("convert", checkpoint, out, "--force", code=1)["error"]
 
 
 def test_a_run_without_an_average(tmp_path: Path) -> None:
