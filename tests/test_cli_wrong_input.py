@@ -334,6 +334,7 @@ def test_the_other_modules(
         pytest.skip("without timm")
     monkeypatch.setattr(sys, "argv", [module, *filled(arguments, folder, folder)])
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, f"{module}.__main__", raising=False)  # runpy warns where another test has it
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(module, run_name="__main__")
     told = capsys.readouterr()
