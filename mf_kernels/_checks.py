@@ -43,7 +43,8 @@ def epsilon(op: str, value: Any) -> None:
 
 def feature_map(op: str, x: Tensor) -> None:
     """x: floating point (B, C, H, W) with at least one channel and one position; B may be 0."""
-    tensor(op, "x", x)
+    if not isinstance(x, Tensor):
+        tensor(op, "x", x)
     if x.dim() != 4:
         raise ValueError(f"{op}: x: expected (B, C, H, W), got {x.dim()} dimensions, shape {tuple(x.shape)}")
     if x.dtype not in FLOATS:
@@ -71,15 +72,17 @@ def companion(
         raise TypeError(f"{op}: {name}: expected {_its(of)} dtype {x.dtype}, got {t.dtype}")
     if not same and t.dtype not in FLOATS:
         raise TypeError(f"{op}: {name}: expected a floating point dtype, got {t.dtype}")
-    if t.device != x.device:
+    if not (t.is_cpu and x.is_cpu) and t.device != x.device:  # two devices are compared slowly
         raise ValueError(f"{op}: {name}: expected {_its(of)} device {x.device}, got {t.device}")
 
 
 def tokens(op: str, name: str, t: Tensor, x: Tensor, num_heads: int) -> None:
     """A token tensor (B, M, C) of x's batch and width, M of at least 1, C a multiple of the heads."""
     channels = x.shape[1]
-    whole(op, "num_heads", num_heads)
-    tensor(op, name, t)
+    if type(num_heads) is not int:  # a call that says nothing costs as much as the question itself
+        whole(op, "num_heads", num_heads)
+    if not isinstance(t, Tensor):
+        tensor(op, name, t)
     if num_heads < 1 or channels % num_heads != 0:
         raise ValueError(f"{op}: num_heads: expected a divisor of C = {channels}, got {num_heads}")
     if t.dim() != 3 or t.shape[1] == 0:
@@ -90,7 +93,8 @@ def tokens(op: str, name: str, t: Tensor, x: Tensor, num_heads: int) -> None:
 def depthwise(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, activation: str) -> None:
     """weight (C*mult, 1, K, K) with K of 3 or 5, bias (C*mult), stride 1 or 2, a known activation."""
     channels = x.shape[1]
-    tensor(op, "weight", weight)
+    if not isinstance(weight, Tensor):
+        tensor(op, "weight", weight)
     if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"{op}: weight: expected (C*mult, 1, K, K), got {tuple(weight.shape)}")
     if weight.shape[2] not in KERNEL_SIDES:
@@ -101,7 +105,8 @@ def depthwise(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: i
     companion(op, "weight", weight, x, tuple(weight.shape), "(C*mult, 1, K, K)")
     if bias is not None:
         companion(op, "bias", bias, x, (outputs,), "(C*mult,)")
-    whole(op, "stride", stride)
+    if type(stride) is not int:
+        whole(op, "stride", stride)
     if stride not in STRIDES:
         raise ValueError(f"{op}: stride: expected one of {STRIDES}, got {stride}")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
@@ -110,7 +115,12 @@ def depthwise(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: i
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on where x lies; the meta device has none to ask for."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return not x.is_meta and torch.is_autocast_enabled(device_type(x))
+
+
+def device_type(x: Tensor) -> str:
+    """`x.device.type`, on the CPU at a quarter of the time."""
+    return "cpu" if x.is_cpu else x.device.type
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

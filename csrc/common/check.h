@@ -46,7 +46,8 @@ struct Extent {
   explicit Extent(const Tensor& t) : begin(static_cast<const char*>(t.data_ptr())), end(begin) {
     if (t.numel() == 0) return;
     int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    const auto sizes = t.sizes(), strides = t.strides();
+    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
     end += (last + 1) * int64_t(t.element_size());
   }
   bool overlaps(const Extent& other) const { return begin < other.end && other.begin < end; }
@@ -94,11 +95,11 @@ class Arguments {
   // x (B, C, H, W), C, H and W at least 1
   void feature_map(Argument name, const Tensor& x) const {
     rank(name, x, 4, "(B, C, H, W)");
-    if (x.size(1) < 1 || x.size(2) < 1 || x.size(3) < 1) {
-      refuse(op, name, "C, H and W of at least 1, got ", shape_text(x.sizes()));
-    }
-    size(name, {x.size(0), x.size(1), x.size(2), x.size(3)});
-    tensor(name, x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+    const auto sizes = x.sizes();
+    const int64_t B = sizes[0], C = sizes[1], H = sizes[2], W = sizes[3];
+    if (C < 1 || H < 1 || W < 1) refuse(op, name, "C, H and W of at least 1, got ", shape_text(sizes));
+    size(name, {B, C, H, W});
+    tensor(name, x, {B, C, H, W});
   }
 
   // (B, M, C) of x's batch and channels, M from 1 to 8, and heads that divide C
@@ -163,7 +164,8 @@ class Arguments {
   void in_memory(Argument name, const Tensor& t) const {
     if (t.numel() == 0) return;
     int64_t last = t.storage_offset(), bytes;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    const auto sizes = t.sizes(), strides = t.strides();  // asked for once: each question is a call of torch's
+    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
     const int64_t needed = (last + 1) * int64_t(t.element_size());
     if (needed > bytes) refuse(op, name, needed, " bytes of storage for its shape and strides, got ", bytes);

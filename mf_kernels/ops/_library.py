@@ -44,7 +44,7 @@ def empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
 def serves_in_place(op: str, x: Tensor) -> bool:
     """Whether a CPU kernel may write its result over x: no gradient wanted, a layout and dtype that it takes as is."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and x.dtype != torch.float16

@@ -101,7 +101,7 @@ def batch_norm_activation(
 
 def _serves(x: Tensor, vectors: tuple[Tensor, ...]) -> bool:
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.dtype in (torch.float32, torch.float64)
         and all(vector.dtype == x.dtype and vector.is_contiguous() for vector in vectors)
         and x.numel() > x.shape[1]  # PyTorch refuses one value a channel, and takes none

@@ -45,7 +45,7 @@ def depthwise_conv2d(
     else:
         x, weight, bias = _checks.autocast(x, weight, bias)
     _checks.depthwise(NAME, x, weight, bias, stride, activation)
-    backend = _registry.route(NAME, x.device.type, x.dtype)
+    backend = _registry.route(NAME, _checks.device_type(x), x.dtype)
     if backend == "reference":
         return reference.depthwise_conv2d(x, weight, bias, stride=stride, activation=activation)
     differentiable = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

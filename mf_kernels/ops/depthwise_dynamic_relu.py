@@ -34,7 +34,7 @@ def depthwise_dynamic_relu(x: Tensor, weight: Tensor, bias: Tensor | None, theta
     if has_torch_function_unary(x):  # a tracer's stand-in, or a tensor of somebody's class
         return handle_torch_function(depthwise_dynamic_relu, (x,), x, weight, bias, theta, stride=stride)
     _checks.feature_map(NAME, x)
-    fits = x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    fits = x.is_cpu and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     fits = fits and x.dtype != torch.float16 and not _registry.helper_missing(NAME, "cpu")
     if not fits:
         x, weight, theta = _checks.autocast(x, weight, theta)

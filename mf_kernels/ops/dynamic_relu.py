@@ -40,7 +40,7 @@ def dynamic_relu(x: Tensor, theta: Tensor) -> Tensor:
     _checks.feature_map(NAME, x)
     x, theta = _checks.autocast(x, theta)
     _checks.companion(NAME, "theta", theta, x, (x.shape[0], 2 * x.shape[1]), "(B, 2C)")
-    backend = _registry.route(NAME, x.device.type, x.dtype)
+    backend = _registry.route(NAME, _checks.device_type(x), x.dtype)
     if backend == "reference":
         return reference.dynamic_relu(x, theta)
     if torch.is_grad_enabled() and (x.requires_grad or theta.requires_grad):

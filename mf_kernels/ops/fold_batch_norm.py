@@ -36,16 +36,22 @@ def fold_batch_norm(
     if has_torch_function_unary(weight):  # a tracer's stand-in: two of them, which a caller can unpack
         return _fold_in_pytorch(weight, norm_weight, norm_bias, mean, variance, eps)
     arguments = (weight, norm_weight, norm_bias, mean, variance, eps)
-    if not all(isinstance(argument, Tensor) for argument in arguments[:5]):
-        _check(*arguments)
     _checks.epsilon(NAME, eps)
-    if (
-        torch.is_grad_enabled()
-        or not (weight.is_cpu and norm_weight.is_cpu and norm_bias.is_cpu and mean.is_cpu and variance.is_cpu)
-        or weight.dtype not in (torch.float32, torch.float64)
-        or not weight.dtype == norm_weight.dtype == norm_bias.dtype == mean.dtype == variance.dtype
-        or _registry.helper_missing(NAME, "cpu")
-    ):
+    try:
+        fits = (
+            not torch.is_grad_enabled()
+            and weight.is_cpu
+            and norm_weight.is_cpu
+            and norm_bias.is_cpu
+            and mean.is_cpu
+            and variance.is_cpu
+            and weight.dtype in (torch.float32, torch.float64)
+            and weight.dtype == norm_weight.dtype == norm_bias.dtype == mean.dtype == variance.dtype
+            and not _registry.helper_missing(NAME, "cpu")
+        )
+    except AttributeError:  # of what is no tensor, which is told below
+        fits = False
+    if not fits:
         _check(*arguments)
         return _fold_in_pytorch(*arguments)
     try:

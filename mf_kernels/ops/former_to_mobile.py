@@ -41,7 +41,7 @@ def former_to_mobile(x: Tensor, k: Tensor, v: Tensor, *, num_heads: int = 2) -> 
     x, k, v = _checks.autocast(x, k, v)
     _checks.tokens(NAME, "k", k, x, num_heads)
     _checks.companion(NAME, "v", v, x, tuple(k.shape), "(B, M, C)")
-    backend = _registry.route(NAME, x.device.type, x.dtype, k.shape[1])
+    backend = _registry.route(NAME, _checks.device_type(x), x.dtype, k.shape[1])
     if backend == "reference":
         return reference.former_to_mobile(x, k, v, num_heads=num_heads)
     if torch.is_grad_enabled() and (x.requires_grad or k.requires_grad or v.requires_grad):

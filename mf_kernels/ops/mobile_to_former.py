@@ -41,7 +41,7 @@ def mobile_to_former(x: Tensor, q: Tensor, *, num_heads: int = 2) -> Tensor:
     _checks.feature_map(NAME, x)
     x, q = _checks.autocast(x, q)
     _checks.tokens(NAME, "q", q, x, num_heads)
-    backend = _registry.route(NAME, x.device.type, x.dtype, q.shape[1])
+    backend = _registry.route(NAME, _checks.device_type(x), x.dtype, q.shape[1])
     if backend == "reference":
         return reference.mobile_to_former(x, q, num_heads=num_heads)
     if torch.is_grad_enabled() and (x.requires_grad or q.requires_grad):
@@ -52,7 +52,7 @@ def mobile_to_former(x: Tensor, q: Tensor, *, num_heads: int = 2) -> Tensor:
 def _forward_fake(x: Tensor, q: Tensor, num_heads: int, *, native: bool) -> tuple[Tensor, Tensor]:
     """With what backward needs: log-sum-exp (B, N, M), of the CPU's library largest score and sum (B, N, M, 2)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    pairs = (2,) if native and x.device.type == "cpu" else ()
+    pairs = (2,) if native and x.is_cpu else ()
     shape = (q.shape[0], num_heads, q.shape[1], *pairs)
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(shape, dtype=dtype)
 

@@ -57,7 +57,7 @@ def token_side(
     fits = (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()  # a graph must not depend on the size of its batch
-        and tokens.device.type == "cpu"
+        and tokens.is_cpu
         and tokens.dtype == gathered.dtype == parameters[0].dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and batch * num_tokens <= MAX_ROWS
