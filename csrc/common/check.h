@@ -23,8 +23,11 @@ struct Argument {  // its name; of a list also the place
   Argument(const char* name, int64_t place = -1) : name(name), place(place) {}
 };
 
+// Out of line, all of them: what the compiler may inline in a file is counted over the file, kernels and all
+#define MF_CHECK [[gnu::noinline]]
+
 template <class... Parts>
-[[noreturn]] void refuse(const char* op, Argument argument, const Parts&... parts) {
+[[noreturn, gnu::cold]] MF_CHECK void refuse(const char* op, Argument argument, const Parts&... parts) {
   std::ostringstream text;
   text << op << ": " << argument.name;
   if (argument.place >= 0) text << '[' << argument.place << ']';
@@ -77,7 +80,7 @@ class Arguments {
   void tensor(Argument name, const Tensor& t, std::initializer_list<int64_t> shape) const {
     tensor(name, t, shape, dtype_);
   }
-  void tensor(Argument name, const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype) const {
+  MF_CHECK void tensor(Argument name, const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype) const {
     if (!t.defined()) refuse(op, name, "a tensor, got none");
     const auto sizes = t.sizes();
     if (sizes.size() != shape.size() || !std::equal(sizes.begin(), sizes.end(), shape.begin())) {
@@ -93,7 +96,7 @@ class Arguments {
   }
 
   // x (B, C, H, W), C, H and W at least 1
-  void feature_map(Argument name, const Tensor& x) const {
+  MF_CHECK void feature_map(Argument name, const Tensor& x) const {
     rank(name, x, 4, "(B, C, H, W)");
     const auto sizes = x.sizes();
     const int64_t B = sizes[0], C = sizes[1], H = sizes[2], W = sizes[3];
@@ -103,7 +106,7 @@ class Arguments {
   }
 
   // (B, M, C) of x's batch and channels, M from 1 to 8, and heads that divide C
-  void tokens(Argument name, const Tensor& t, const Tensor& x, int64_t num_heads) const {
+  MF_CHECK void tokens(Argument name, const Tensor& t, const Tensor& x, int64_t num_heads) const {
     if (num_heads < 1 || x.size(1) % num_heads != 0) {
       refuse(op, "num_heads", "a divisor of C = ", x.size(1), ", got ", num_heads);
     }
@@ -115,7 +118,8 @@ class Arguments {
   }
 
   // weight (C*mult, 1, K, K), K 3 or 5, bias (C*mult), stride 1 or 2
-  void depthwise(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride) const {
+  MF_CHECK void depthwise(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                          int64_t stride) const {
     rank("weight", weight, 4, "(C*mult, 1, K, K)");
     const int64_t C = x.size(1), O = weight.size(0), K = weight.size(2);
     if (weight.size(1) != 1 || K != weight.size(3) || (K != 3 && K != 5) || O < 1 || O % C != 0) {
@@ -133,7 +137,7 @@ class Arguments {
   }
 
   // What is made of these sides can be counted
-  void size(Argument name, std::initializer_list<int64_t> sides) const {
+  MF_CHECK void size(Argument name, std::initializer_list<int64_t> sides) const {
     int64_t elements = 1;
     for (const int64_t side : sides) {
       if (side > LONGEST_SIDE || elements > MOST_ELEMENTS / std::max<int64_t>(side, 1)) {
@@ -144,13 +148,13 @@ class Arguments {
   }
 
   // `t` is written to, as it lies. A layout that would be copied first would lose what is written
-  void written(Argument name, const Tensor& t) const {
+  MF_CHECK void written(Argument name, const Tensor& t) const {
     if (!t.is_contiguous() && !(t.dim() == 4 && is_channels_last(t))) {
       refuse(op, name, "contiguous or channels_last, since it is written to, got other strides");
     }
   }
   // No element of `other` lies in the memory of `t`, which is written to
-  void apart(Argument name, const Tensor& t, Argument other_name, const Tensor& other) const {
+  MF_CHECK void apart(Argument name, const Tensor& t, Argument other_name, const Tensor& other) const {
     if (Extent(t).overlaps(Extent(other))) {
       refuse(op, other_name, "memory apart from ", name.name, ", which is written to, got a part of it; clone() it");
     }
@@ -161,7 +165,7 @@ class Arguments {
   ScalarType dtype_;
 
   // A storage may have been resized under a tensor
-  void in_memory(Argument name, const Tensor& t) const {
+  MF_CHECK void in_memory(Argument name, const Tensor& t) const {
     if (t.numel() == 0) return;
     int64_t last = t.storage_offset(), bytes;
     const auto sizes = t.sizes(), strides = t.strides();  // asked for once: each question is a call of torch's
@@ -171,5 +175,7 @@ class Arguments {
     if (needed > bytes) refuse(op, name, needed, " bytes of storage for its shape and strides, got ", bytes);
   }
 };
+
+#undef MF_CHECK
 
 }  // namespace mf

@@ -8,7 +8,7 @@ import warnings
 from contextlib import nullcontext
 from itertools import chain
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ __all__ = ["DTYPES", "InferenceModel"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _MADE_ANEW = (
     *("_engines", "_lock", "_hooks", "_tokens", "_values", "_versions"),
-    *("_inside", "_owns", "_settled", "_state"),
+    *("_handed_out", "_inside", "_owns", "_settled", "_state"),
 )
 _SETTINGS = (("eps",), ("shuffle", "stride", "groups", "activation"))
 _version = attrgetter("_version")
@@ -78,7 +78,7 @@ class InferenceModel(nn.Module):
         # without.
         gradient = nullcontext() if x.requires_grad else torch.no_grad()
         with threads, gradient:
-            return self.network(x.to(self.network.tokens.dtype)).to(x.dtype)
+            return cast(Model, self._modules["network"])(x.to(self._tokens.dtype)).to(x.dtype)
 
     @property
     def engine(self) -> Engine | None:
@@ -102,6 +102,19 @@ class InferenceModel(nn.Module):
                     self._engines[threads] = engine
         return engine
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "network":
+            self._handed_out = True
+        return super().__getattr__(name)
+
+    def named_modules(self, *arguments: Any, **options: Any) -> Any:
+        self._handed_out = True
+        return super().named_modules(*arguments, **options)
+
+    def named_children(self) -> Any:
+        self._handed_out = True
+        return super().named_children()
+
     def train(self, mode: bool = True) -> InferenceModel:
         if mode:
             raise RuntimeError("an inference model cannot be trained: train the model it was made from")
@@ -109,23 +122,25 @@ class InferenceModel(nn.Module):
 
     def _prepare(self) -> None:
         """What a copy, or another process, has to make anew."""
+        self._handed_out = False
         self._engines: dict[int, Engine] = {}
         self._lock = threading.Lock()
         self._watch()
 
     def _watch(self) -> None:
         """Remember the network as it is: the engine serves while nobody hooks into it, alters it or writes to it."""
-        parts = list(self.network.modules())
+        network = cast(Model, self._modules["network"])
+        parts = list(network.modules())
         self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        self._tokens = self.network.tokens
-        self._values = [value for value in self.network.parameters() if not value.is_inference()]
+        self._tokens = network.tokens
+        self._values = [value for value in network.parameters() if not value.is_inference()]
         self._versions = sum(map(_version, self._values))
         self._look()
         self._state = self._now()
 
     def _look(self) -> None:
         """Keep the dictionaries that say what the parts are, so that each call only has to read them."""
-        self._owns = list(map(vars, self.network.modules()))
+        self._owns = list(map(vars, cast(Model, self._modules["network"]).modules()))
         self._settled = [
             (itemgetter(*names), [own for own in self._owns if own.keys() >= set(names)]) for names in _SETTINGS
         ]
@@ -141,8 +156,14 @@ class InferenceModel(nn.Module):
         return sum(map(_version, self._values)) != self._versions
 
     def _altered(self) -> bool:
-        """Whether a part has another attribute, setting, parameter or part inside than when it was watched."""
-        if vars(self.network) is not self._owns[0]:  # torch.export puts other dictionaries there
+        """Whether a part has another attribute, setting, parameter or part inside than when it was watched.
+
+        A look at all of them takes longer than it seems, for the engine has driven them out of the caches. So nobody
+        looks before the parts were given to somebody: they are reached by `network` and by walking the modules alone.
+        """
+        if not self._handed_out:
+            return False
+        if vars(self._modules["network"]) is not self._owns[0]:  # torch.export puts other dictionaries there
             self._look()
         try:
             return self._now() != self._state
