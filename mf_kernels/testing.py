@@ -343,3 +343,14 @@ _BRANCHES = [
 
 CASES: tuple[Case, ...] = (*_LAYERS, *_BRANCHES)
 TIMED: tuple[Case, ...] = tuple(case for case in CASES if case.layer_of)
+
+# One row of each operator, at a branch that does most of what its kernels do, for what is asked of all of them
+SMALL = {
+    op: next(case for case in CASES if case.op == op and branch in case.reaches)
+    for op, branch in {
+        "mobile_to_former": "6 tokens",
+        "former_to_mobile": "6 tokens",
+        "dynamic_relu": "tails of",
+        "depthwise_conv2d": "channels over, stride 2",
+    }.items()
+}

@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(
     _triton.missing("dynamic_relu", "cpu") == "triton is not installed", reason="triton is not installed"
 )
-SECTIONS = ("machine", "build", "check", "operators", "models")
+SECTIONS = (
+    *("machine", "build", "smoke", "profile", "models", "operators", "sweep", "counters"),
+    *("more-models", "more-operators", "check"),
+)
+LEFT_OUT = {"build": {"build": "a dry run builds nothing"}, "counters": {"counters": "a dry run counts nothing"}}
 
 
 def drive(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -55,7 +59,7 @@ def test_every_section_has_a_whole_file(dry: tuple[Path, str]) -> None:
         assert result["dry"]
         assert result["error"] is None
         assert result["failed"] == []
-        assert result["left_out"] == ({"build": "a dry run builds nothing"} if name == "build" else {})
+        assert result["left_out"] == LEFT_OUT.get(name, {})
 
 
 def test_nothing_is_written_among_the_results(dry: tuple[Path, str]) -> None:
@@ -71,7 +75,10 @@ def load(folder: Path, name: str) -> dict:
 
 def test_machine_has_its_ceilings(dry: tuple[Path, str]) -> None:
     result = load(dry[0], "machine")
-    assert [row["label"] for row in result["rows"]] == ["copy", "matmul bfloat16", "matmul float32", "matmul tf32"]
+    labels = [row["label"] for row in result["rows"]]
+    assert labels[:4] == ["copy", "matmul bfloat16", "matmul float32", "matmul tf32"]
+    assert labels[4:] == ["launch aten", "launch triton", "launch graph"]
+    assert all(row["host_us"] > 0 for row in result["rows"][4:])
     assert {"torch", "triton", "python", "commit"} <= result["environment"].keys()
 
 
@@ -82,7 +89,10 @@ def test_build_names_its_command(dry: tuple[Path, str]) -> None:
 
 
 def test_tests_ran_on_both_backends(dry: tuple[Path, str]) -> None:
-    rows = load(dry[0], "check")["rows"]
+    first, others = load(dry[0], "smoke")["rows"], load(dry[0], "check")["rows"]
+    rows = [*first, *others]
+    assert len({row["label"] for row in rows}) == len(rows)  # no test in both
+    assert any(row["label"].startswith("test_training_step") for row in first)
     passed = [row["label"] for row in rows if row.get("outcome") == "passed"]
     for backend in ("triton", "native"):
         for test in ("test_forward_and_gradients", "test_any_strides", "test_autocast", "test_compiled_whole"):
@@ -93,14 +103,17 @@ def test_tests_ran_on_both_backends(dry: tuple[Path, str]) -> None:
 
 def test_operators_have_every_contender(dry: tuple[Path, str]) -> None:
     result = load(dry[0], "operators")
+    others = load(dry[0], "more-operators")
+    assert {row["layout"] for row in result["rows"]} == {"channels_last"}
     found = {(row["op"], row["direction"], row["backend"], row["layout"]) for row in result["rows"]}
     for op in OPS:
         for direction in ("forward", "backward"):
             for backend in ("eager", "triton", "native"):
-                assert {(op, direction, backend, layout) for layout in ("contiguous", "channels_last")} <= found
-    assert any(row["backend"] == "compile" for row in result["rows"])
+                assert (op, direction, backend, "channels_last") in found
+    assert any(row["backend"] == "compile" for row in others["rows"])
+    assert {row["layout"] for row in others["rows"]} == {"contiguous", "channels_last"}
     assert {"torch", "cpu", "kernels_older_than_sources", "commit"} <= result["environment"].keys()
-    for row in result["rows"]:
+    for row in (*result["rows"], *others["rows"]):
         assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / result["copy_gb_per_s"], rel=1e-3)
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6, rel=1e-3)
         assert 0 <= row["share_of_error_allowed"] <= (1 if row["target"] else 8)
@@ -108,13 +121,128 @@ def test_operators_have_every_contender(dry: tuple[Path, str]) -> None:
 
 
 def test_models_have_every_contender(dry: tuple[Path, str]) -> None:
-    rows = load(dry[0], "models")["rows"]
-    for task in ("inference 2", "training 8"):
-        for dtype in ("float32", "bfloat16"):
+    every = []
+    for section, dtype in (("models", "bfloat16"), ("more-models", "float32")):
+        rows = load(dry[0], section)["rows"]
+        for task in ("inference 2", "training 8"):
             names = [row["label"].partition(": ")[2] for row in rows if row["label"].startswith(f"26m {task} {dtype}")]
-            assert names == ["eager", "eager channels_last", "eager graph", "fused", "fused graph"]
-    assert {"compile", "compile max-autotune", "fused compile"} <= {row["backend"] for row in rows}
-    assert all(row["images_per_s"] > 0 for row in rows)
+            cast = dtype == "bfloat16" and task.startswith("inference")
+            expected = ["eager", "eager channels_last", "eager graph", *(["eager cast graph"] if cast else [])]
+            assert names == [*expected, "fused", "fused graph", *(["fused cast graph"] if cast else [])]
+        every += rows
+    assert {"compile", "compile graphs", "compile max-autotune", "fused compile"} <= {row["backend"] for row in every}
+    assert all(row["images_per_s"] > 0 for row in every)
+
+
+def test_profile_names_its_kernels(dry: tuple[Path, str]) -> None:
+    rows = load(dry[0], "profile")["rows"]
+    assert [row["label"] for row in rows] == ["fused inference 2", "fused training 8"]
+    for row in rows:
+        assert row["kernels"] >= sum(kernel["count"] for kernel in row["by_kernel"])
+        assert row["by_kernel"][0]["us"] >= row["by_kernel"][-1]["us"] > 0
+
+
+def test_sweep_has_every_setting_right(dry: tuple[Path, str]) -> None:
+    rows = load(dry[0], "sweep")["rows"]
+    variations = {row["variation"] for row in rows}
+    assert variations == {"as chosen", "warps x2", "warps /2", "tile x2"}
+    assert len(rows) == 2 * 2 * len(variations)
+    assert all(0 <= row["share_of_error_allowed"] <= 1 for row in rows)
+
+
+def test_the_plan_is_printed_and_fits_the_time(dry: tuple[Path, str], gpu: ModuleType) -> None:
+    schedule = importlib.import_module("gpu.schedule")
+    lines = dry[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("plan: "))
+    assert lines[start] == f"plan: {schedule.seconds()} s of the 540 s that there are"
+    assert [line.split()[0] for line in lines[start + 1 : start + 1 + len(SECTIONS)]] == list(SECTIONS)
+    assert schedule.seconds() <= 540
+    for minutes in (3.0, 9.0, 20.0):
+        ends = [schedule.ends(name, minutes) for name in SECTIONS]
+        assert ends == sorted(ends)
+        assert ends[-1] == pytest.approx(60 * minutes if minutes != 9.0 else ends[-1])
+        assert ends[-1] <= 60 * minutes + 1e-6
+
+
+def test_networks_and_their_peers_come_before_operators(gpu: ModuleType) -> None:
+    models = importlib.import_module("gpu.models")
+    first = models.groups(dry=False, more=False)
+    assert [group.task for group in first[:4]] == list(models.TASKS)
+    assert {group.network for group in first} == {"294m", "levit_128", "hgnetv2_b1"}
+    assert {group.dtype for group in first} == {"bfloat16"}
+    assert any("compile graphs" in group.contenders for group in first)
+    assert SECTIONS.index("models") < SECTIONS.index("operators")
+
+
+def test_few_kernels_are_compiled_beforehand(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm, models = importlib.import_module("gpu.warm"), importlib.import_module("gpu.models")
+    planned = warm.distinct(warm.jobs(models.SIDE), 90)
+    keys = [warm.key(call) for calls in planned for call in calls]
+    assert 100 < len(keys) <= 400
+    assert len(set(keys)) == len(keys)
+    found = {call.kernel.__name__ for calls in planned for call in calls}
+    for op in OPS:
+        for direction in ("forward", "backward"):
+            assert any(op.startswith(name.split(f"_{direction}")[0]) for name in found if f"_{direction}" in name)
+    # one that does not compile is told, and the others are compiled
+    monkeypatch.setattr(warm.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(warm, "_planned", lambda arch: planned[:1])
+    tried = []
+
+    def warmup(*_: object, **__: object) -> None:
+        tried.append(1)
+        if len(tried) == 1:
+            raise RuntimeError("no such layout")
+
+    for call in planned[0]:
+        monkeypatch.setattr(type(call.kernel), "warmup", warmup)
+    compiled, failed = warm.compile_all(0)
+    assert len(tried) == len(planned[0])
+    assert compiled == len(planned[0]) - 1
+    assert len(failed) == 1
+    assert "no such layout" in failed[0]
+
+
+def test_a_library_that_loads_is_taken_as_it_is(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu import check
+
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    assert "is not there" in str(check.serves("9.0"))
+    (tmp_path / "mf_kernels").mkdir()
+    (tmp_path / "build" / "cuda" / "lib").mkdir(parents=True)
+    (tmp_path / "build" / "cuda" / "lib" / "_cuda.so").write_bytes(b"library")
+    said = {"out": '["sm_80", "sm_90"]', "code": 0}
+    monkeypatch.setattr(check, "run", lambda *_, **__: (said["code"], said["out"]))
+    assert check.serves("9.0") is None
+    assert (tmp_path / "mf_kernels" / "_cuda.so").read_bytes() == b"library"
+    assert check.serves("8.6") is None  # code for 8.0 runs there
+    assert "has code for [80, 90]" in str(check.serves("10.0"))
+    section = gpu.Section("build", tmp_path)
+    check.build(section, 5.0, dry=False, capability="9.0")
+    assert section.rows[0]["carried"]
+    said |= {"out": "_cuda.so does not load: built with torch 2.9"}
+    assert "does not load: built with torch 2.9" in str(check.serves("9.0"))
+    check.build(section := gpu.Section("build", tmp_path), 5.0, dry=False, capability="9.0")
+    assert "carried" not in section.rows[0]
+
+
+def test_what_the_profiler_counts_is_read(gpu: ModuleType) -> None:
+    from gpu import counters
+
+    page = (
+        "==PROF== Connected to process 7\n"
+        '"ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum","launch__registers_per_thread"\n'
+        '"","","us","Mbyte","register/thread"\n'
+        '"0","dynamic_relu_forward(float *, int)","1,234.5","12.5","64"\n'
+        '"1","depthwise_forward","2.0","n/a","80"\n'
+        "==PROF== Disconnected\n"
+    )
+    first, second = counters.rows_of(page)
+    assert (first["kernel"], first["duration"], first["duration_unit"]) == ("dynamic_relu_forward", 1234.5, "us")
+    assert (second["registers"], second["dram_bytes"]) == (80.0, None)
+    assert counters.rows_of("==ERROR== no permission") == []
 
 
 def test_table_is_printed_last(dry: tuple[Path, str]) -> None:
@@ -182,7 +310,7 @@ def test_tests_that_take_too_long_leave_those_that_were_done(
     )
     monkeypatch.setattr(check, "ROOT", tmp_path)
     section = gpu.Section("check", tmp_path)
-    check.tests(section, 25.0, dry=True)  # enough to start, also where others are at work
+    check.tests(section, 25.0, True, "gpu")  # enough to start, also where others are at work
     assert [row["label"] for row in section.rows] == ["test_quick"]
     assert "pytest was stopped after 25 s" in section.left_out["tests"]
 

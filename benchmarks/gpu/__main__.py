@@ -2,8 +2,9 @@
 
     python -m gpu [--minutes 9] [--results FOLDER] [--only SECTION ...] [--dry]
 
-A section that uses the card runs in a process of its own: what breaks it, an illegal access or a signal, leaves the
-next one a card that works. A row that breaks the card is recorded, and the section goes on behind it in a new process.
+It prints its plan first: `schedule.PARTS`, with the seconds that each is given. A section that uses the card runs in a
+process of its own: what breaks it, an illegal access or a signal, leaves the next one a card that works. A row that
+breaks the card is recorded, and the section goes on behind it in a new process.
 `--dry`: tiny shapes on the CPU, Triton in its interpreter, into a folder of its own: it shows that the code runs.
 """
 
@@ -23,13 +24,12 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu import check, table
+from gpu import check, counters, schedule, table
 from gpu.section import AGAIN, BrokenDevice, OutOfTime, Section, limited
 
 RESULTS = check.ROOT / "benchmarks" / "results"
-# section -> by when it has to be done, as a share of the whole time; what it does not need goes to the next ones
-DONE_BY = {"machine": 0.06, "build": 0.3, "check": 0.56, "operators": 0.78, "models": 0.95}
-ON_THE_CARD = ("machine", "operators", "models")
+SECTIONS = [part.name for part in schedule.PARTS]
+TIMED = [name for name in schedule.ON_THE_CARD if name != "machine"]
 PLANT = "MF_GPU_PLANT"  # a section named here fails: that such a failure is told is tested
 ASK = """
 import json, torch
@@ -41,11 +41,11 @@ print(json.dumps({"torch": torch.__version__, "gpu": torch.cuda.get_device_name(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (9)")
+    parser.add_argument("--minutes", type=float, default=schedule.MINUTES, help="for everything (9)")
     parser.add_argument("--results", type=Path, help="folder for the files (benchmarks/results/<device>)")
-    parser.add_argument("--only", nargs="+", choices=list(DONE_BY), default=list(DONE_BY), help="these sections")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these sections")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: shows that the code runs")
-    parser.add_argument("--section", choices=ON_THE_CARD, help=argparse.SUPPRESS)  # inside the process of one
+    parser.add_argument("--section", choices=schedule.ON_THE_CARD, help=argparse.SUPPRESS)  # inside the process of one
     parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -64,14 +64,17 @@ def drive(options: argparse.Namespace) -> int:
         sys.exit(f"--results: a dry run writes nothing below {RESULTS}")
     options.results = folder.resolve()
     print(f"{asked['gpu'] or 'dry run on the CPU'}, torch {asked['torch']}: results in {folder}", flush=True)
+    print("\n".join(schedule.told(options.minutes, options.only)), flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end what was started
-    timed = [name for name in options.only if name in ("operators", "models")]
-    warm = check.start([sys.executable, "-m", "gpu.warm"]) if timed and find_spec("triton") else None
+    timed = [name for name in options.only if name in TIMED]
+    warm, to_warm = None, bool(timed) and find_spec("triton") is not None
     good = True
     for name in options.only:
+        if to_warm and name != "machine":  # which times the host
+            warm, to_warm = check.start([sys.executable, "-m", "gpu.warm"]), False
         if warm is not None and name in timed:  # nothing else may run beside what is timed
-            code, said = check.finish(warm, left_of(started, options.minutes, "check"))
-            print(f"-- compiled beforehand: {'stopped' if code is None else said.strip()[-300:]}", flush=True)
+            code, said = check.finish(warm, left_of(started, options.minutes, "smoke"))
+            print(f"-- compiled beforehand: {'stopped' if code is None else said.strip()[-1000:]}", flush=True)
             warm = None
         good = run_section(name, left_of(started, options.minutes, name), options, asked) and good
     print(table.render(folder))
@@ -81,7 +84,7 @@ def drive(options: argparse.Namespace) -> int:
 
 def left_of(started: float, minutes: float, name: str) -> float:
     """Seconds until a section has to be done."""
-    return max(5.0, started + 60 * minutes * DONE_BY[name] - time.monotonic())
+    return max(5.0, started + schedule.ends(name, minutes) - time.monotonic())
 
 
 def ask(dry: bool) -> dict[str, str | None]:
@@ -101,6 +104,8 @@ def run_section(name: str, seconds: float, options: argparse.Namespace, asked: d
     (options.results / f"{name}.json").unlink(missing_ok=True)  # of an earlier run
     parts: dict[str, Callable[[Section], None]] = {
         "build": lambda section: check.build(section, seconds, options.dry, asked["capability"]),
+        "smoke": lambda section: check.smoke(section, seconds, options.dry),
+        "counters": lambda section: counters.run(section, seconds, options.dry),
         "check": lambda section: check.check(section, seconds, options.dry),
     }
     if name in parts:
@@ -132,7 +137,7 @@ def run_here(options: argparse.Namespace) -> int:
         import harness
         import torch
 
-        from gpu import machine, models, operators
+        from gpu import machine, models, operators, profile, sweep
 
         # float32 is float32: for whom TF32 will do there is bfloat16
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -142,7 +147,8 @@ def run_here(options: argparse.Namespace) -> int:
         if options.section == "machine":
             machine.run(section, device)
         else:
-            {"operators": operators, "models": models}[options.section].run(section, device, options.dry)
+            parts = {"profile": profile, "models": models, "operators": operators, "sweep": sweep}
+            parts[options.section.removeprefix("more-")].run(section, device, options.dry)
 
     with limited(options.seconds):
         return guarded(section, body)

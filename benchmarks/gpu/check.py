@@ -6,6 +6,7 @@ Everything runs in processes of its own; this module needs no torch.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -18,14 +19,24 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gpu.section import Section
+from mobileformer.files import replacing
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ("memcheck", "racecheck")
 SANITIZER_SHARE = 0.4  # of the section's time
+LOADS = """
+import json
+from mf_kernels import _native
+missing = _native.load("cuda")
+print(missing if missing is not None else json.dumps(_native.cuda_report()["architectures"]))
+"""
 
 
 def build(section: Section, seconds: float, dry: bool, capability: str | None) -> None:
-    """Row "build": `mf_kernels/_cuda.so` for this card, in place. Dry, only the command is written down."""
+    """Row "build": `mf_kernels/_cuda.so` for this card, in place. Dry, only the command is written down.
+
+    One that is there and loads and has code for the card is taken as it is: compiled on another machine, it came along.
+    """
     # A CPU library that is there stays and is brought up to date; one that is not would take a minute and serve nobody.
     cpu = "1" if (ROOT / "mf_kernels" / "_cpu.so").is_file() else "0"
     environment = {"MF_KERNELS_CUDA": "1", "MF_KERNELS_CPU": cpu}
@@ -41,6 +52,11 @@ def build(section: Section, seconds: float, dry: bool, capability: str | None) -
         section.header |= row
         return
     started = time.monotonic()
+    carried = serves(capability)
+    if carried is None:
+        section.add("build", row | {"carried": True, "seconds": time.monotonic() - started})
+        return
+    section.header["not_carried"] = carried
     code, output = run(command, seconds, **environment)
     row |= {"seconds": time.monotonic() - started}
     if code != 0:
@@ -49,22 +65,53 @@ def build(section: Section, seconds: float, dry: bool, capability: str | None) -
     section.add("build", row)
 
 
+def serves(capability: str | None) -> str | None:
+    """None where a CUDA library is there that loads and has machine code for the card, else why not.
+
+    One that was compiled elsewhere may still lie below build/cuda: it is copied to where it is loaded from.
+    """
+    place = ROOT / "mf_kernels" / "_cuda.so"
+    if not place.is_file():
+        elsewhere = sorted((ROOT / "build" / "cuda").glob("**/_cuda.so"))
+        if not elsewhere:
+            return "mf_kernels/_cuda.so is not there, nor one below build/cuda"
+        with replacing(place) as temporary:
+            shutil.copyfile(elsewhere[0], temporary)
+    code, output = run([sys.executable, "-c", LOADS], 60)
+    said = (output.strip().splitlines() or [""])[-1]
+    if code != 0 or not said.startswith("["):
+        return f"it does not load: {said[-400:]}"
+    held = [int(arch.removeprefix("sm_")) for arch in json.loads(said)]
+    major, minor = map(int, (capability or "0.0").split("."))
+    fits = any(arch // 10 == major and arch % 10 <= minor for arch in held)
+    return None if fits else f"it has code for {held}, the card is of {capability}"
+
+
+def smoke(section: Section, seconds: float, dry: bool) -> None:
+    """A row for each of the tests that tell at once whether anything is badly wrong."""
+    section.plan([])
+    if find_spec("pytest") is None:
+        section.fail("pytest", {}, "pytest is not installed in this Python: no test was run")
+    else:
+        tests(section, seconds, dry, "gpu and smoke")
+
+
 def check(section: Section, seconds: float, dry: bool) -> None:
-    """A row for each test that ran and for each sanitizer."""
+    """A row for each test that was not run for its smoke, and for each sanitizer."""
     ends = time.monotonic() + seconds
     tools = ("plain",) if dry else SANITIZERS
     section.plan([f"sanitizer {tool}" for tool in tools])
     if find_spec("pytest") is None:
         section.fail("pytest", {}, "pytest is not installed in this Python: no test was run")
     else:
-        tests(section, seconds if dry else seconds * (1 - SANITIZER_SHARE), dry)
+        tests(section, seconds if dry else seconds * (1 - SANITIZER_SHARE), dry, "gpu and not smoke")
     sanitize(section, tools, max(ends - time.monotonic(), 1.0), dry)
 
 
-def tests(section: Section, seconds: float, dry: bool) -> None:
+def tests(section: Section, seconds: float, dry: bool, marked: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", marked, "-q", "-p", "no:cacheprovider"]
         command += ["-W", "default", f"--junitxml={report}"]  # a warning of an unknown torch is no failure of ours
         if find_spec("xdist") is not None and not dry:  # most of a test is the compilation of its kernels
             command += ["-n", str(max(1, min(12, (os.cpu_count() or 2) - 2))), "--dist", "load"]

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import functools
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
 from reading import load
 
-from gpu.graphs import lane, timed
+import mf_kernels
+from gpu.graphs import Replay, lane, timed
 from gpu.section import Section
 
 OPTIONAL = ("pytest", "xdist", "hypothesis", "timm", "safetensors", "typer")
 
 
 def run(section: Section, device: str) -> None:
-    """Rows "copy" (GB/s, bytes read plus bytes written) and "matmul <dtype>" (TFLOP/s)."""
+    """Rows "copy" (GB/s, bytes read plus written), "matmul <dtype>" (TFLOP/s) and "launch <by>" (us of the host)."""
     section.header["missing_packages"] = [name for name in OPTIONAL if not _has(name)]
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
-    section.plan(["copy", *(f"matmul {name}" for name in dtypes)])
+    launches = ("aten", "triton", "graph") if _has("triton") else ("aten", "graph")
+    section.plan(["copy", *(f"matmul {name}" for name in dtypes), *(f"launch {by}" for by in launches)])
     cuda = device != "cpu"
     with lane(device):
         half = 2**30 if cuda else 2**16
@@ -39,6 +43,35 @@ def run(section: Section, device: str) -> None:
             row = _measure(functools.partial(torch.mm, a, b), device)
             torch.backends.cuda.matmul.allow_tf32 = False
             section.add(f"matmul {name}", {"side": side, **row, "tflop_per_s": 2 * side**3 / row["median_ms"] / 1e9})
+
+        small = torch.ones(1, 8, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
+        theta, calls = torch.zeros(1, 16, device=device), 1000 if cuda else 3
+        graph = Replay([functools.partial(torch.add, small, 1)] * calls, device)
+        runs = {"aten": functools.partial(torch.add, small, 1), "triton": functools.partial(_by_triton, small, theta)}
+        for by in launches:
+            us = _host_us(graph, 1, cuda) / calls if by == "graph" else _host_us(runs[by], calls, cuda)
+            section.add(f"launch {by}", {"calls": calls, "host_us": us})
+
+
+def _by_triton(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    with mf_kernels.use_backend("triton"):
+        return mf_kernels.dynamic_relu(x, theta)
+
+
+def _host_us(run: Callable[[], object], calls: int, cuda: bool) -> float:
+    """Microseconds a call, the device's work hidden or tiny: of many calls in a row, the fastest of five times."""
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    run()
+    wait()
+    best = math.inf
+    with torch.no_grad():
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            wait()
+            best = min(best, time.perf_counter() - start)
+    return 1e6 * best / calls
 
 
 def copy_ceiling(section: Section) -> float | None:

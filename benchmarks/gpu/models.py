@@ -2,7 +2,8 @@
 
 A group is one network, task and dtype; its contenders take turns. Each is compared with the same weights in float64
 first: plain PyTorch is held to a fixed bound, the others to twice its error. bfloat16 is autocast with weights in
-float32, but for `to_inference`, whose weights are bfloat16. A training step is forward, cross entropy, backward, AdamW.
+float32, which casts every weight at every call, but for `to_inference` and the rows named "cast", whose weights are
+bfloat16. A training step is forward, cross entropy, backward, AdamW.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from mobileformer.measure import difference, lively_weights_
 from mobileformer.published import MADDS
 
 VARIANTS = ("294m", "508m", "26m")
-PEERS = ("levit_128", "hgnetv2_b1", "mobilenetv4_conv_medium", "repvit_m0_9", "mobilenetv3_large_100")
+PEERS = ("levit_128", "hgnetv2_b1")  # what is fastest on a card at about this accuracy
+MORE_PEERS = ("mobilenetv4_conv_medium", "repvit_m0_9", "mobilenetv3_large_100")
 SIDE = 224
 
 
@@ -37,7 +39,7 @@ class Task(NamedTuple):
     batch: int
 
 
-TASKS = (Task("inference", 256), Task("inference", 1), Task("training", 128), Task("inference", 32))
+TASKS = (Task("inference", 1), Task("inference", 256), Task("inference", 32), Task("training", 128))
 DRY_TASKS = (Task("inference", 2), Task("training", 8))
 
 # name -> backend and layout of the row
@@ -45,15 +47,19 @@ CONTENDERS = {
     "eager": ("eager", "contiguous"),
     "eager channels_last": ("eager", "channels_last"),
     "eager graph": ("eager graph", "channels_last"),
+    "eager cast graph": ("eager cast graph", "channels_last"),
     "fused": ("fused", "its own"),
     "fused graph": ("fused graph", "its own"),
+    "fused cast graph": ("fused cast graph", "its own"),
     "to_inference": ("to_inference", "its own"),
     "to_inference graph": ("to_inference graph", "its own"),
     "compile": ("compile", "contiguous"),
+    "compile graphs": ("compile graphs", "contiguous"),  # mode "reduce-overhead"
     "compile max-autotune": ("compile max-autotune", "contiguous"),  # with CUDA graphs of its own
     "fused compile": ("fused compile", "its own"),
 }
 PLAIN = tuple(name for name in CONTENDERS if not name.startswith("compile") and name != "fused compile")
+WITH_GRAPHS = ("eager channels_last", "fused graph", "compile graphs")
 COMPILED = ("eager channels_last", "fused graph", "compile", "fused compile", "compile max-autotune")
 # Plain PyTorch's error: largest of logits over the largest logit, norm of the gradient's over its norm. With kinks
 # and statistics of the batch, gradients in bfloat16 are far off.
@@ -68,36 +74,50 @@ class Group(NamedTuple):
     contenders: tuple[str, ...]
 
     def label(self, contender: str) -> str:
-        kind = "compiled " if self.contenders == COMPILED else ""
+        kind = "compiled " if self.contenders in (COMPILED, WITH_GRAPHS) else ""
         return f"{kind}{self.network} {self.task.what} {self.task.batch} {self.dtype}: {contender}"
 
 
-def groups(dry: bool) -> list[Group]:
-    """In the order of importance: what a budget cuts off is the end."""
-
-    def of(task: Task, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name for name in names if task.what == "inference" or not name.startswith("to_inference"))
-
+def groups(dry: bool, more: bool) -> list[Group]:
+    """In the order of importance: what a budget cuts off is the end. `more` are those behind everything else."""
     if dry:
         names = tuple(name for name in PLAIN if not name.startswith("to_inference"))  # another program on the CPU
-        plain = [Group("26m", task, dtype, names) for task in DRY_TASKS for dtype in DTYPES]
-        return [*plain, Group("26m", DRY_TASKS[0], "float32", COMPILED)]
+        dtype = "float32" if more else "bfloat16"
+        plain = [Group("26m", task, dtype, _of(task, dtype, names)) for task in DRY_TASKS]
+        return [*plain, Group("26m", DRY_TASKS[0], dtype, COMPILED if more else WITH_GRAPHS)]
     first, *others = VARIANTS
+    beside = ("eager channels_last", "eager graph", "eager cast graph")
+    if not more:
+        return [
+            *(Group(first, task, "bfloat16", _of(task, "bfloat16", PLAIN)) for task in TASKS),
+            *(Group(peer, task, "bfloat16", _of(task, "bfloat16", beside)) for peer in PEERS for task in TASKS),
+            *(Group(first, task, "bfloat16", WITH_GRAPHS) for task in TASKS),
+        ]
     return [
-        *(Group(first, task, dtype, of(task, PLAIN)) for dtype in DTYPES for task in TASKS),
-        *(Group(peer, task, "bfloat16", ("eager channels_last", "eager graph")) for peer in PEERS for task in TASKS),
-        *(Group(v, task, dtype, of(task, PLAIN)) for dtype in DTYPES for v in others for task in TASKS),
+        *(Group(first, task, "float32", _of(task, "float32", PLAIN)) for task in TASKS),
+        *(Group(v, task, dtype, _of(task, dtype, PLAIN)) for dtype in DTYPES for v in others for task in TASKS),
+        *(Group(peer, task, "bfloat16", _of(task, "bfloat16", beside)) for peer in MORE_PEERS for task in TASKS),
         *(Group(first, task, dtype, COMPILED) for dtype in DTYPES for task in TASKS),
     ]
 
 
+def _of(task: Task, dtype: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that there are of a task: training has float32 weights, and in float32 nothing is cast."""
+    return tuple(
+        name
+        for name in names
+        if (task.what == "inference" or not name.startswith("to_inference"))
+        and ("cast" not in name or (task.what == "inference" and dtype != "float32"))
+    )
+
+
 def run(section: Section, device: str, dry: bool) -> None:
-    section.header |= {"side": 32 if dry else SIDE, "peers": list(PEERS)}
-    planned = groups(dry)
+    section.header |= {"side": 32 if dry else SIDE, "peers": [*PEERS, *MORE_PEERS]}
+    planned = groups(dry, more=section.header["section"].startswith("more"))
     section.plan([group.label(contender) for group in planned for contender in group.contenders])
     with lane(device):
         for group in planned:
-            if group.network in PEERS and find_spec("timm") is None:
+            if group.network in section.header["peers"] and find_spec("timm") is None:
                 for contender in group.contenders:
                     section.skip(group.label(contender), "timm is not installed")
                 continue
@@ -156,15 +176,17 @@ def describe(group: Group, name: str, device: str, side: int) -> dict[str, Any]:
 class Trial:
     """One group's weights and images, its float64 logits and gradient, and the contenders made from them."""
 
-    def __init__(self, group: Group, device: str, side: int) -> None:
+    def __init__(self, group: Group, device: str, side: int, *, with_truth: bool = True) -> None:
         self.group, self.device = group, device
         self.train = group.task.what == "training"
         torch.manual_seed(0)
         self.x = torch.randn(group.task.batch, 3, side, side, device=device)
         self.target = torch.arange(group.task.batch, device=device) * 97 % 1000
         self.plain, self.fused = networks(group.network)
-        exact = copy.deepcopy(self.plain).to(device).double().train(self.train)
-        self.truth = self.probe(exact, self.x.double(), list(exact.parameters()))
+        self.truth: list[Tensor] = []
+        if with_truth:
+            exact = copy.deepcopy(self.plain).to(device).double().train(self.train)
+            self.truth = self.probe(exact, self.x.double(), list(exact.parameters()))
         self.made: tuple[float, float] | None = None  # plain PyTorch's errors
 
     def autocast(self) -> Any:
@@ -202,14 +224,18 @@ class Trial:
         source = self.fused if name.startswith(("fused", "to_inference")) else self.plain
         model = copy.deepcopy(source).to(self.device).train(self.train)
         x, network = self.x, model
-        if name in ("eager channels_last", "eager graph"):
+        if "cast" in name:
+            model, x = model.to(DTYPES[self.group.dtype]), x.to(DTYPES[self.group.dtype])
+            network = model
+        if name in ("eager channels_last", "eager graph", "eager cast graph"):
             network = model.to(memory_format=torch.channels_last)
             x = x.contiguous(memory_format=torch.channels_last)
         elif name.startswith("to_inference"):
             network = model.to_inference(dtype=DTYPES[self.group.dtype])
             x = x.to(DTYPES[self.group.dtype])
         elif "compile" in name:
-            options = {"mode": "max-autotune"} if name.endswith("max-autotune") else {}
+            modes = {"compile max-autotune": "max-autotune", "compile graphs": "reduce-overhead"}
+            options = {"mode": modes[name]} if name in modes else {}
             network = torch.compile(model, **({"backend": "aot_eager"} if self.device == "cpu" else options))
         return network, x, list(model.parameters())
 
@@ -253,7 +279,7 @@ class Trial:
 
 def networks(name: str) -> tuple[nn.Module, nn.Module | None]:
     """(plain, fused) with the same weights; of timm's networks there is the plain one alone."""
-    if name in PEERS:
+    if name in (*PEERS, *MORE_PEERS):
         import timm
 
         torch.manual_seed(0)

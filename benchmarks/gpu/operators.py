@@ -76,6 +76,7 @@ class Group(NamedTuple):
 
 
 ALL = tuple((backend, layout) for backend in ("eager", *BACKENDS) for layout in LAYOUTS)
+AS_THE_MODEL, PLANES = (tuple((backend, layout) for backend, layout in ALL if layout == kept) for kept in LAYOUTS[::-1])
 # Minutes to compile: one shape of each operator, in turns with what it is compared with
 COMPILED = (
     ("eager", "channels_last"),
@@ -86,21 +87,26 @@ COMPILED = (
 )
 
 
-def groups(device: str, dry: bool) -> list[Group]:
-    """In the order of importance: what a budget cuts off is the end."""
+def groups(device: str, dry: bool, more: bool) -> list[Group]:
+    """In the order of importance: what a budget cuts off is the end. `more` are those behind everything else."""
     if dry:
         small = [first(case for case in testing.CASES if case.op == op and case.shapes["x"][0] == 2) for op in TARGETS]
         cases = [DeviceCase(**fields(case), device=device) for case in small]
-        plain = [Group(case, direction, "bfloat16", ALL) for case in cases for direction in DIRECTIONS]
+        if not more:
+            return [Group(case, direction, "bfloat16", AS_THE_MODEL) for case in cases for direction in DIRECTIONS]
+        plain = [Group(cases[0], direction, "float32", ALL) for direction in DIRECTIONS]
         return [*plain, *(Group(cases[2], direction, "float32", COMPILED) for direction in DIRECTIONS)]
     first_cases, other_cases = (
         in_turns([batched(case, device) for case in testing.TIMED if chosen(case)])
         for chosen in (lambda case: FIRST in case.layer_of, lambda case: FIRST not in case.layer_of)
     )
+    if not more:
+        return [Group(c, direction, "bfloat16", AS_THE_MODEL) for c in first_cases for direction in DIRECTIONS]
     large = [first(case for case in first_cases if case.op == op and case.shapes["x"][2] == 56) for op in TARGETS]
     return [
-        *(Group(c, direction, dtype, ALL) for dtype in DTYPES for c in first_cases for direction in DIRECTIONS),
+        *(Group(c, direction, "float32", ALL) for c in first_cases for direction in DIRECTIONS),
         *(Group(c, direction, "bfloat16", COMPILED) for c in large for direction in DIRECTIONS),
+        *(Group(c, direction, "bfloat16", PLANES) for c in first_cases for direction in DIRECTIONS),
         *(Group(c, direction, dtype, ALL) for dtype in DTYPES for c in other_cases for direction in DIRECTIONS),
     ]
 
@@ -108,7 +114,7 @@ def groups(device: str, dry: bool) -> list[Group]:
 def run(section: Section, device: str, dry: bool) -> None:
     ceiling = machine.copy_ceiling(section)
     section.header |= {"batch": BATCH, "copy_gb_per_s": ceiling, "targets": TARGETS}
-    planned = groups(device, dry)
+    planned = groups(device, dry, more=section.header["section"].startswith("more"))
     section.plan([group.label(contender) for group in planned for contender in group.contenders])
     with lane(device):
         for group in planned:
@@ -245,6 +251,10 @@ def batched(case: testing.Case, device: str) -> DeviceCase:
     shapes = {n: s if n in ("weight", "bias") else (BATCH, *s[1:]) for n, s in case.shapes.items()}
     name = case.name.replace("1x", f"{BATCH}x", 1)
     return DeviceCase(**fields(replace(case, shapes=shapes, name=name)), device=device)
+
+
+def on(case: testing.Case, device: str) -> DeviceCase:
+    return DeviceCase(**{**fields(case), "device": device})
 
 
 def fields(case: testing.Case) -> dict[str, Any]:

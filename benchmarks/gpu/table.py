@@ -12,14 +12,17 @@ from typing import Any
 
 from reading import load
 
+from gpu import schedule
+
 ENOUGH = 16e6  # bytes that a call must move for its launch not to count
-SECTIONS = ("machine", "build", "check", "operators", "models")
+SECTIONS = tuple(part.name for part in schedule.PARTS)
 
 
 def render(folder: Path) -> str:
     """Of every section that has a file."""
     results = {name: load(folder / f"{name}.json") for name in SECTIONS if (folder / f"{name}.json").is_file()}
-    makers = {"machine": machine, "check": check, "operators": operators, "models": models}
+    makers = {"machine": machine, "check": check, "operators": operators, "models": models, "sweep": sweep}
+    makers |= {"smoke": check, "profile": profile, "more-models": models, "more-operators": operators}
     lines: list[str] = []
     for name, result in results.items():
         lines += [f"== {name}: {state(result)}", *makers.get(name, lambda _: [])(result)]
@@ -44,8 +47,9 @@ def machine(result: dict[str, Any]) -> list[str]:
     where = [f"{e.get('gpu', e['cpu'])}", f"torch {e['torch']}", f"triton {e.get('triton')}", f"python {e['python']}"]
     lines = ["  " + ", ".join(where)]
     for row in result["rows"]:
-        rate = f"{row['gb_per_s']:.0f} GB/s" if "gb_per_s" in row else f"{row['tflop_per_s']:.1f} TFLOP/s"
-        lines.append(f"  {row['label']:<16} {rate}")
+        units = {"gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "host_us": "us of the host"}
+        told = next(f"{row[key]:.4g} {unit}" for key, unit in units.items() if key in row)
+        lines.append(f"  {row['label']:<16} {told}")
     if result["missing_packages"]:
         lines.append(f"  not installed here: {', '.join(result['missing_packages'])}")
     return lines
@@ -96,6 +100,30 @@ def models(result: dict[str, Any]) -> list[str]:
         group, _, contender = row["label"].partition(": ")
         groups.setdefault(group, []).append(f"{contender} {row['median_ms']:.3g}")
     return [f"  {group:40} ms: {', '.join(cells)}" for group, cells in groups.items()]
+
+
+def profile(result: dict[str, Any]) -> list[str]:
+    """Of every call the kernels, their time, and the three that take the longest."""
+    lines = []
+    for row in result["rows"]:
+        longest = ", ".join(f"{k['kernel'][:40]} {k['us']:.0f}" for k in row["by_kernel"][:3])
+        times = f"{row['device_us']:.0f} us on the device, {row['wall_us']:.0f} us in all"
+        lines.append(f"  {row['label']:28} {row['kernels']:.0f} kernels, {times}: {longest}")
+    return lines
+
+
+def sweep(result: dict[str, Any]) -> list[str]:
+    """Of every kernel the variations, each as a share of the chosen settings' time."""
+    groups: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        group, _, variation = row["label"].partition(": ")
+        groups.setdefault(group, {})[variation] = row["median_ms"]
+    lines = []
+    for group, times in groups.items():
+        chosen = times.get("as chosen")
+        cells = [f"{name} {ms / chosen:.2f}" for name, ms in times.items() if chosen]
+        lines.append(f"  {group:70} {', '.join(cells)}")
+    return lines
 
 
 def fastest(rows: list[dict[str, Any]], backend: str) -> dict[str, Any] | None:
