@@ -95,13 +95,22 @@ def first_line(*command: str) -> str | None:
     return output.strip().partition("\n")[0]
 
 
+def one_word(command: str) -> str:
+    """A program that runs a compiler of several words, "ccache g++" say, which torch would take for the name of one."""
+    program = ROOT / "build" / "cxx" / "c++"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(shlex.split(command))} "$@"\n')
+    program.chmod(0o755)
+    return str(program)
+
+
 def find_cxx() -> str:
     """First line of the C++ compiler's --version; leaves its name in CXX, for setuptools and torch."""
     wanted = os.environ.get("CXX")
     for candidate in [wanted] if wanted else ["c++", "g++", "clang++"]:
-        version = first_line(*candidate.split(), "--version")
+        version = first_line(*shlex.split(candidate), "--version")
         if version is not None:
-            os.environ["CXX"] = candidate
+            os.environ["CXX"] = candidate if len(shlex.split(candidate)) == 1 else one_word(candidate)
             return version
     tried = f"CXX={wanted} does not run" if wanted else "tried c++, g++, clang++"
     raise NotHere(f"no C++ compiler ({tried})")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from mf_kernels import _native, _preference, _triton
-from mf_kernels.environment import constant_in_graphs, is_transformed, switch
+from mf_kernels.environment import constant_in_graphs, is_exported_to_onnx, is_transformed, switch
 
 OPS = ("mobile_to_former", "former_to_mobile", "dynamic_relu", "depthwise_conv2d")
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -99,7 +99,7 @@ def route(op: str, device: str, dtype: torch.dtype, num_tokens: int = 1) -> str:
 
 @constant_in_graphs
 def _route_in_graph(op: str, requested: str, device: str, dtype: torch.dtype, too_many_tokens: bool) -> str:
-    if is_transformed():
+    if is_transformed() or is_exported_to_onnx():
         return _resolve_transformed(op, requested)[0]
     chosen, reasons, shared = _resolve(op, requested, device, dtype, too_many_tokens)
     if reasons:
@@ -132,7 +132,7 @@ def _resolve_transformed(op: str, requested: str) -> tuple[str, str, str]:
         return "reference", "", ""
     raise RuntimeError(
         f"{op}: backend {requested!r} was asked for and cannot serve this call: no fused kernel takes part in"
-        ' forward-mode differentiation or a transform of torch.func; "auto" and "reference" do'
+        ' forward-mode differentiation, a transform of torch.func or an export to ONNX; "auto" and "reference" do'
     )
 
 
@@ -159,7 +159,10 @@ def helper_missing(op: str, device: str) -> bool:
 
     A helper falls back without a warning: it has no fused form to miss, only a slower equal. Triton has none.
     """
-    requested = _last_requested if torch.compiler.is_compiling() else _requested.backend
+    compiling = torch.compiler.is_compiling()
+    if compiling and is_exported_to_onnx():
+        return True
+    requested = _last_requested if compiling else _requested.backend
     return requested in ("reference", "triton") or is_transformed() or _helper_kernel_missing(op, device)
 
 

@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
-__all__ = ["constant_in_graphs", "is_transformed", "switch"]
+__all__ = ["constant_in_graphs", "is_exported_to_onnx", "is_transformed", "switch"]
 
 _ON = ("1", "true", "yes", "on")
 _OFF = ("", "0", "false", "no", "off")
@@ -44,5 +45,17 @@ def is_transformed() -> bool:
     would cost each plain call more than this question. The reference takes part, since PyTorch does.
 
     A compiler enters the levels while it traces, and guards on those that the graph was entered with.
+
+    So is a call that `torch.onnx` traces: its format knows no operator of ours.
     """
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return (
+        peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or (torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export())
+    )
+
+
+@constant_in_graphs
+def is_exported_to_onnx() -> bool:
+    """Whether the graph that is being captured is for ONNX. Asked of graphs alone, where time does not matter."""
+    return torch.onnx.is_in_onnx_export()

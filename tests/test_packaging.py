@@ -300,6 +300,24 @@ def test_a_build_that_cannot_do_what_was_asked_fails_and_says_why(
     assert expected in done.stdout
 
 
+def test_a_compiler_of_several_words_is_one(source: Path, tmp_path: Path) -> None:
+    """As with a cache before it. This one compiles nothing of what it is given, which is quick."""
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    cache.write_text(
+        '#!/bin/sh\necho "$*" >> "$CALLS"\n'
+        'case " $* " in *" -c "*) ;; *" -o "*|*" --version "*) exec "$@";; *) exit 127;; esac\n'
+        'compiler=$1; while [ $# -gt 1 ]; do if [ "$1" = -o ]; then echo > "$2.cpp"; '
+        'exec "$compiler" -fPIC -c "$2.cpp" -o "$2"; fi; shift; done\n'
+    )
+    cache.chmod(0o755)
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "o"]
+    wanted = {"CXX": f"{cache} g++", "MF_KERNELS_CPU": "1", "MF_KERNELS_CUDA": "0", "CALLS": str(log)}
+    told = must_run(*command, cwd=source, **wanted)
+    assert "mf_kernels._cpu       built with g++" in told
+    assert sum(" -c " in f" {line} " for line in log.read_text().splitlines()) >= 10
+    assert (tmp_path / "lib" / "mf_kernels" / "_cpu.so").is_file()
+
+
 def test_a_library_switched_off_does_not_survive_from_an_earlier_build(source: Path, tmp_path: Path) -> None:
     (tmp_path / "mf_kernels").mkdir()
     stale = tmp_path / "mf_kernels" / "_cpu.so"

@@ -357,3 +357,9 @@ def test_a_subclass_that_may_compute_something_else_is_not_folded() -> None:
 
     with pytest.raises(ValueError, match="the model is a Adapted"):
         fold(Adapted("26m"))
+
+
+@pytest.mark.parametrize("setting", ["exportable", "scriptable"])
+def test_a_model_that_is_to_be_exported_is_plain(setting: str) -> None:
+    assert timm.create_model("mobileformer_26m", **{setting: True}).use_fused is False
+    assert timm.create_model("mobileformer_26m").use_fused is True

@@ -6,6 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
+from timm.layers import is_exportable, is_scriptable
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, VARIANTS
@@ -70,6 +71,8 @@ default_cfgs = generate_default_cfgs(_all_cfgs())
 
 
 def _create(name: str, pretrained: bool = False, **kwargs: Any) -> MobileFormer:
+    if is_exportable() or is_scriptable():  # asked of `timm.create_model`: plain PyTorch, which any exporter knows
+        kwargs.setdefault("use_fused", False)
     if pretrained:
         _check_source(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     return build_model_with_cfg(
