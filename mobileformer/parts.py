@@ -90,7 +90,7 @@ def own_method(module: nn.Module) -> str | None:
     """The name of a method that an instance has in the place of its class's, or whose class was given another."""
     kind = type(module)
     for name in vars(module):
-        if callable(getattr(kind, name, None)):
+        if name != "extra_repr" and callable(getattr(kind, name, None)):  # which only says, as torchao has it say more
             return name
     return "forward" if kind in _FORWARDS and _FORWARDS[kind] is not kind.forward else None
 

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from mobileformer import Model
 from mobileformer.inference import module as inference_module
 from mobileformer.layers import ConvNorm, DropPath, DynamicReLU, Former, FormerToMobile, MobileToFormer
+from mobileformer.measure import lively_weights_
 
 Alteration = Callable[[nn.Module], object]
 SIZE = 64
@@ -266,3 +267,20 @@ def test_an_altered_part_is_called_in_training(variant: str, path: str, way: Alt
     x = recipe_image(3, SIZE, SIZE, seed=5, dtype=torch.float64)
     plain, fused = (outcome(lambda f=f: step(altered(variant, f, path, way, training=True), x)) for f in (False, True))
     same(fused, plain, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchao's own import
+def test_a_model_quantised_by_torchao_gives_the_plain_ones_numbers() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    fused, plain = (Model("26m", num_classes=7, use_fused=use_fused).eval() for use_fused in (True, False))
+    lively_weights_(fused)
+    plain.load_state_dict(fused.state_dict())
+    for model in (fused, plain):
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert type(fused.head.classifier.weight) is not torch.nn.Parameter
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = plain(x)
+        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fused.to_inference()(x), expected, rtol=1e-4, atol=1e-4)
+    assert fused.train()(x).isfinite().all()
