@@ -106,6 +106,9 @@ def test_an_image_does_not_depend_on_those_beside_it(variant: str, spatial: bool
             np.testing.assert_array_equal(together[at], map_alone[0])
         # the classifier takes the whole batch at once, and adds in another order
         np.testing.assert_allclose(logits[at], engine(x[at : at + 1])[0], rtol=0, atol=1e-4)
+    # but which images they are makes no difference
+    others = np.concatenate([x[:5], 3 * image(6, 64, 40, seed=5)])
+    np.testing.assert_array_equal(engine(others)[:5], logits[:5])
 
 
 def test_results_belong_to_the_caller(run: Engine) -> None:
