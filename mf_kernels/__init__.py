@@ -4,6 +4,7 @@ Knows nothing of the model. Importing this loads no compiled library; the first 
 """
 
 from mf_kernels import _flops, reference
+from mf_kernels._flops import fvcore_handles
 from mf_kernels._registry import KernelFallbackWarning, KernelRecord, record_kernels, requested_backend, use_backend
 from mf_kernels._status import status
 from mf_kernels.ops.batch_norm_activation import batch_norm_activation
@@ -26,6 +27,7 @@ __all__ = [
     "fold_batch_norm",
     "former_to_mobile",
     "former_to_mobile_",
+    "fvcore_handles",
     "mobile_to_former",
     "record_kernels",
     "reference",

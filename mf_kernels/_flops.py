@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.machinery
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -55,10 +55,6 @@ class _Waiting:
 def _tell(counter: Any) -> None:
     operators = torch.ops.mf_kernels
 
-    def attention(x: _Shape, tokens: _Shape) -> int:
-        """Scores of every position and token, and what they weight: two products."""
-        return 4 * math.prod(x) * tokens[1]
-
     def depthwise_backward(
         d_y: _Shape, x: _Shape, weight: _Shape, bias: _Shape | None, stride: int, activation: str, out_shape: Any
     ) -> int:
@@ -67,26 +63,64 @@ def _tell(counter: Any) -> None:
             d_y, x, weight, bias, stride, None, None, False, None, 1, mask, out_val=out_shape
         )
 
-    def token_side(
-        tokens: _Shape, gathered: _Shape, parameters: Sequence[_Shape], num_heads: int, eps: float, out_shape: Any
-    ) -> int:
-        """The linear layers of all tokens, those that make the slopes of the first token, and the attention."""
-        batch, count, width = tokens
-        layers = [2 * batch * math.prod(shape) for shape in parameters if len(shape) == 2]
-        of_all, of_first = layers[:8], layers[8:]
-        return count * sum(of_all) + sum(of_first) + attention((batch, width, count), tokens)
-
     formulas = {
-        operators.mobile_to_former_fwd: lambda x, q, *_, **__: attention(x, q),
-        operators.mobile_to_former_bwd: lambda d_out, x, q, *_, **__: 2 * attention(x, q),
-        operators.former_to_mobile_fwd: lambda x, k, *_, **__: attention(x, k),
-        operators.former_to_mobile_: lambda x, k, *_, **__: attention(x, k),
-        operators.former_to_mobile_bwd: lambda d_y, x, k, *_, **__: 2 * attention(x, k),
+        operators.mobile_to_former_fwd: lambda x, q, *_, **__: 2 * _attention(x, q),
+        operators.mobile_to_former_bwd: lambda d_out, x, q, *_, **__: 4 * _attention(x, q),
+        operators.former_to_mobile_fwd: lambda x, k, *_, **__: 2 * _attention(x, k),
+        operators.former_to_mobile_: lambda x, k, *_, **__: 2 * _attention(x, k),
+        operators.former_to_mobile_bwd: lambda d_y, x, k, *_, **__: 4 * _attention(x, k),
         operators.depthwise_conv2d_fwd: lambda x, w, *_, out_shape, **__: counter.conv_flop_count(x, w, out_shape),
         operators.depthwise_conv2d_bwd: depthwise_backward,
         operators.depthwise_dynamic_relu: lambda x, w, *_, out_shape, **__: counter.conv_flop_count(x, w, out_shape),
-        operators.token_side: token_side,
+        operators.token_side: lambda tokens, gathered, parameters, *_, **__: 2 * _token_side(tokens, parameters),
     }
     for operator, formula in formulas.items():
         if operator not in counter.flop_registry:
             counter.register_flop_formula(operator)(formula)
+
+
+def fvcore_handles() -> dict[str, Callable[[Sequence[Any], Sequence[Any]], int]]:
+    """What fvcore counts for the operators of a traced model, a multiply-add as one.
+
+        analysis = fvcore.nn.FlopCountAnalysis(model, x)
+        analysis.set_op_handle(**mf_kernels.fvcore_handles())
+
+    Without them fvcore leaves the fused operators out, and names them among those that it does not support. fvcore
+    itself is not imported here. Norms, activations and what folds a norm count nothing, as with the plain model's
+    multiply-adds of convolutions, linear layers and matrix products.
+    """
+    nothing = ("dynamic_relu_fwd", "dynamic_relu_", "fold_batch_norm", "batch_norm_activation_fwd")
+    counts: dict[str, Callable[[Sequence[Any], Sequence[Any]], int]] = {
+        "mobile_to_former_fwd": lambda given, _: _attention(_sizes(given[0]), _sizes(given[1])),
+        "former_to_mobile_fwd": lambda given, _: _attention(_sizes(given[0]), _sizes(given[1])),
+        "former_to_mobile_": lambda given, _: _attention(_sizes(given[0]), _sizes(given[1])),
+        "depthwise_conv2d_fwd": lambda given, made: _depthwise(_sizes(given[1]), _sizes(made[0])),
+        "depthwise_dynamic_relu": lambda given, made: _depthwise(_sizes(given[1]), _sizes(made[0])),
+        "token_side": lambda given, _: _token_side(
+            _sizes(given[0]), [_sizes(value) for value in given[2].node().inputs()]
+        ),
+        **dict.fromkeys(nothing, lambda given, made: 0),
+    }
+    return {f"mf_kernels::{name}": count for name, count in counts.items()}
+
+
+def _sizes(value: Any) -> _Shape:
+    """Of a tensor in a traced graph."""
+    return value.type().sizes()
+
+
+def _attention(x: _Shape, tokens: _Shape) -> int:
+    """Multiply-adds of the scores of every position and token, and of what they weight: two products."""
+    return 2 * math.prod(x) * tokens[1]
+
+
+def _depthwise(weight: _Shape, y: _Shape) -> int:
+    return math.prod(y) * math.prod(weight[2:])
+
+
+def _token_side(tokens: _Shape, parameters: Sequence[_Shape]) -> int:
+    """The linear layers of all tokens, those that make the slopes of the first token, and the attention."""
+    batch, count, width = tokens
+    layers = [batch * math.prod(shape) for shape in parameters if len(shape) == 2]
+    of_all, of_first = layers[:8], layers[8:]
+    return count * sum(of_all) + sum(of_first) + _attention((batch, width, count), tokens)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from kernel_support import python
 
+import mf_kernels
 from mobileformer import Model
 
+COUNTED = ("conv", "linear", "matmul", "addmm", "bmm", "einsum")
 MODES = ["training step", "step in evaluation mode", "inference"]
 
 
@@ -38,3 +40,23 @@ def test_the_counter_knows_the_operators_whichever_is_imported_first(order: tupl
     code = f"import {order[0]}, {order[1]}, torch; from torch.utils.flop_counter import flop_registry as known; "
     done = python(code + "print(sum('mf_kernels' in str(name) for name in known))")
     assert done.stdout.strip() == "9", done.stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # of fvcore's own imports and of tracing
+@pytest.mark.parametrize("variant", ["26m", "52m"])
+def test_fvcore_counts_the_multiply_adds_of_the_plain_model(variant: str) -> None:
+    """Convolutions, linear layers and matrix products; without the handles the fused operators are left out."""
+    counted = pytest.importorskip("fvcore.nn")
+    x, counts, missing = torch.randn(1, 3, 64, 64), [], []
+    ours = {name.removeprefix("mf_kernels::") for name in mf_kernels.fvcore_handles()}
+    for use_fused, handles in ((True, mf_kernels.fvcore_handles()), (True, {}), (False, {})):
+        model = Model(variant, num_classes=5, use_fused=use_fused).eval()
+        with torch.no_grad():
+            analysis = counted.FlopCountAnalysis(model, x).set_op_handle(**handles)
+            by_operator = analysis.unsupported_ops_warnings(False).by_operator()
+        counts.append(sum(count for name, count in by_operator.items() if name in {*COUNTED, *ours}))
+        missing.append([op for op in analysis.unsupported_ops() if op.startswith("mf_kernels::")])
+    fused, without, plain = counts
+    assert fused == plain > without
+    assert missing[0] == missing[2] == []
+    assert missing[1]
