@@ -6,7 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
-from timm.layers import is_exportable, is_scriptable
+from timm.layers.config import is_exportable, is_scriptable
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, VARIANTS
