@@ -17,8 +17,8 @@ from harness import Row
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import mobileformer
-from mobileformer.cli.contenders import EAGER, Contender, Trial
-from mobileformer.published import MADDS
+from mobileformer.race.published import MADDS
+from mobileformer.race.trial import EAGER, Contender, Trial
 
 DTYPE = torch.float32
 COMPILED = "294m"

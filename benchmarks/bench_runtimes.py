@@ -26,8 +26,9 @@ import mobileformer
 from mobileformer import runtimes
 from mobileformer.export import export_model
 from mobileformer.inference import Engine, FoldedNetwork, fold, library
-from mobileformer.measure import difference, interleaved, lively_weights_
-from mobileformer.published import MADDS
+from mobileformer.measure.difference import difference, lively_weights_
+from mobileformer.measure.timing import interleaved
+from mobileformer.race.published import MADDS
 
 RACES = ((1, 1), (1, 8), (2, 1))  # threads, batch
 # Largest difference of logits over the largest logit

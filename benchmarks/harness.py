@@ -26,8 +26,9 @@ from reading import rounded
 
 import mf_kernels
 import mobileformer
-from mobileformer.files import replacing
-from mobileformer.measure import Timing, interleaved, machine
+from mobileformer.files.replacing import replacing
+from mobileformer.measure.machine import machine
+from mobileformer.measure.timing import Timing, interleaved
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from mobileformer._torchvision import ensure_torchvision
-from mobileformer.files import replacing
-from mobileformer.measure import lively_weights_
+from mobileformer.files.replacing import replacing
+from mobileformer.measure.difference import lively_weights_
 
 __all__ = ["PEERS", "Peer", "write_onnx"]
 

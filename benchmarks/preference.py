@@ -19,7 +19,7 @@ from reading import load
 
 from mf_kernels import _preference
 from mf_kernels._preference import Preference
-from mobileformer.files import replacing
+from mobileformer.files.replacing import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "mf_kernels" / "_preference.py"

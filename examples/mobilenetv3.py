@@ -20,7 +20,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import mf_kernels
 from mobileformer._torchvision import ensure_torchvision
-from mobileformer.measure import difference, interleaved, lively_weights_
+from mobileformer.measure.difference import difference, lively_weights_
+from mobileformer.measure.timing import interleaved
 
 BOUND = 1e-5  # difference of a logit over the largest logit; the original in float32 is itself off by 3e-7
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

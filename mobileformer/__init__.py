@@ -10,29 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mobileformer.config import VARIANTS as VARIANTS
-    from mobileformer.metadata import Metadata as Metadata
-    from mobileformer.metadata import WeightsError as WeightsError
-    from mobileformer.model import Model as Model
-    from mobileformer.weights import load_model as load_model
-    from mobileformer.weights import load_weights as load_weights
-    from mobileformer.weights import official_state_dict as official_state_dict
-    from mobileformer.weights import read_metadata as read_metadata
-    from mobileformer.weights import save_official_checkpoint as save_official_checkpoint
-    from mobileformer.weights import save_weights as save_weights
+    from mobileformer.files.metadata import Metadata as Metadata
+    from mobileformer.files.metadata import WeightsError as WeightsError
+    from mobileformer.models import Model as Model
+    from mobileformer.weights.load import load_model as load_model
+    from mobileformer.weights.load import load_weights as load_weights
+    from mobileformer.weights.load import official_state_dict as official_state_dict
+    from mobileformer.weights.load import read_metadata as read_metadata
+    from mobileformer.weights.load import save_official_checkpoint as save_official_checkpoint
+    from mobileformer.weights.load import save_weights as save_weights
 
 __version__ = "0.1.0"
 
 _HOME = {
     "VARIANTS": "mobileformer.config",
-    "Model": "mobileformer.model",
-    "Metadata": "mobileformer.metadata",
-    "WeightsError": "mobileformer.metadata",
-    "load_model": "mobileformer.weights",
-    "load_weights": "mobileformer.weights",
-    "official_state_dict": "mobileformer.weights",
-    "read_metadata": "mobileformer.weights",
-    "save_official_checkpoint": "mobileformer.weights",
-    "save_weights": "mobileformer.weights",
+    "Model": "mobileformer.models",
+    "Metadata": "mobileformer.files.metadata",
+    "WeightsError": "mobileformer.files.metadata",
+    "load_model": "mobileformer.weights.load",
+    "load_weights": "mobileformer.weights.load",
+    "official_state_dict": "mobileformer.weights.load",
+    "read_metadata": "mobileformer.weights.load",
+    "save_official_checkpoint": "mobileformer.weights.load",
+    "save_weights": "mobileformer.weights.load",
 }
 
 __all__ = [

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from mobileformer.files import replacing
-from mobileformer.metadata import Metadata, check, describe
-from mobileformer.model import Model as _Model
-from mobileformer.model import unwrap
-from mobileformer.model_card import card_text
-from mobileformer.stem import adapt_numbers
-from mobileformer.weights import load_weights, read_metadata, save_weights
+from mobileformer.files.metadata import Metadata, check, describe
+from mobileformer.files.replacing import replacing
+from mobileformer.models import Model as _Model
+from mobileformer.network.classifier import unwrap
+from mobileformer.weights.card import card_text
+from mobileformer.weights.load import load_weights, read_metadata, save_weights
+from mobileformer.weights.stem import adapt_numbers
 
 try:
     from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, constants, hf_hub_download

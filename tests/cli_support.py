@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 import mobileformer
 from mobileformer.cli import app
 from mobileformer.data import load_image, sample_photo
-from mobileformer.measure import lively_weights_
+from mobileformer.measure.difference import lively_weights_
 
 # Small models in a shared machine: waiting for a second thread costs more than it gives.
 torch.set_num_threads(1)

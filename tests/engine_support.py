@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mobileformer import Model
 from mobileformer.config import BlockConfig
 from mobileformer.inference import FoldedNetwork, fold, library
-from mobileformer.layers import DynamicReLU, hard_sigmoid
+from mobileformer.network.layers import DynamicReLU, hard_sigmoid
 
 # Only where it was not built: one that does not load has to fail.
 needs_engine = pytest.mark.skipif(

@@ -29,9 +29,9 @@ except ImportError:
     atheris = None
 
 with nullcontext() if atheris is None else atheris.instrument_imports(include=["mobileformer"]):
+    from mobileformer.files.metadata import Metadata, WeightsError, encode
+    from mobileformer.files.safetensors import read_safetensors
     from mobileformer.inference.folded import FORMAT, FoldedNetwork, array_shapes
-    from mobileformer.inference.reader import read_safetensors
-    from mobileformer.metadata import Metadata, WeightsError, encode
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
 WORDS = [

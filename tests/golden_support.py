@@ -17,8 +17,8 @@ from golden import recipe
 from torch import Tensor, nn
 
 from mobileformer import Model
-from mobileformer.keys import to_official
-from mobileformer.layers import DynamicReLU
+from mobileformer.network.layers import DynamicReLU
+from mobileformer.weights.keys import to_official
 
 # Small models in a shared machine: waiting for a second thread costs more than it gives.
 torch.set_num_threads(1)

@@ -20,8 +20,8 @@ from torch.nn.utils import parametrize
 
 from mobileformer import Model
 from mobileformer.inference import module as inference_module
-from mobileformer.layers import ConvNorm, DropPath, DynamicReLU, Former, FormerToMobile, MobileToFormer
-from mobileformer.measure import lively_weights_
+from mobileformer.measure.difference import lively_weights_
+from mobileformer.network.layers import ConvNorm, DropPath, DynamicReLU, Former, FormerToMobile, MobileToFormer
 
 Alteration = Callable[[nn.Module], object]
 SIZE = 64

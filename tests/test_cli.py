@@ -89,7 +89,7 @@ def test_info_as_tables() -> None:
 def test_the_stated_multiply_adds_are_those_of_the_model(variant: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from mobileformer.published import MADDS
+    from mobileformer.race.published import MADDS
 
     with torch.device("meta"):
         model = mobileformer.Model(variant, use_fused=False).eval()
@@ -99,7 +99,7 @@ def test_the_stated_multiply_adds_are_those_of_the_model(variant: str) -> None:
 
 
 def test_every_variant_has_its_numbers() -> None:
-    from mobileformer.published import COUNTERS, MADDS
+    from mobileformer.race.published import COUNTERS, MADDS
 
     assert list(MADDS) == list(mobileformer.VARIANTS)
     for name, row in MADDS.items():

@@ -16,9 +16,10 @@ from engine_support import needs_engine
 from PIL import Image
 
 import mobileformer
-from mobileformer.cli import contenders
 from mobileformer.data import sample_photo
-from mobileformer.measure import difference, interleaved, lively_weights_
+from mobileformer.measure.difference import difference, lively_weights_
+from mobileformer.measure.timing import interleaved
+from mobileformer.race import trial as race
 
 # Without the compiled library the commands run on the reference and say so; the rest is the same.
 pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarning")
@@ -87,7 +88,7 @@ def test_bench_races_other_runtimes() -> None:
 
 def test_bench_says_why_a_runtime_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.setattr(contenders.Trial, "_exported", None)  # neither gets so far
+    monkeypatch.setattr(race.Trial, "_exported", None)  # neither gets so far
     told = run("bench", "--variant", "26m", "--size", "32", "--repeats", "1", "--no-compile", "--dtype", "bfloat16")
     assert "without onnxruntime: on the CPU it computes in float32" in told.stderr
     assert "without openvino: " in told.stderr
@@ -144,7 +145,7 @@ def test_bench_goes_on_where_compilation_fails(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_wrong_gradients_are_not_timed() -> None:
-    trial = contenders.Trial("26m", torch.randn(8, 3, 32, 32), train=True)
+    trial = race.Trial("26m", torch.randn(8, 3, 32, 32), train=True)
     trial.add("eager", "fused")
     parameter = trial.contenders[1].parameters[0]
     parameter.register_hook(lambda gradient: torch.full_like(gradient, 10.0))
@@ -185,7 +186,7 @@ def test_demo_classifies_and_races(sheet: tuple[str, Path]) -> None:
 
 
 def test_demo_fails_when_paths_disagree(monkeypatch: pytest.MonkeyPatch, sheet: tuple[str, Path]) -> None:
-    monkeypatch.setitem(contenders.LOGIT_BOUNDS, torch.float64, 0.0)
+    monkeypatch.setitem(race.LOGIT_BOUNDS, torch.float64, 0.0)
     result = run("demo", *sheet, "--variant", "26m", "--repeats", 1, code=1)
     assert "error: float64 fused: logits are off" in result.stderr
     assert "Off in float64: see errors" in " ".join(result.stdout.split())
@@ -211,7 +212,7 @@ def test_interleaved_measures_time() -> None:
 
 def test_difference_never_passes_what_is_not_finite() -> None:
     exact = torch.tensor([1.0, -4.0])
-    assert difference(exact + torch.tensor([0.0, 0.5]), exact) == contenders.Difference(0.5, 0.125)
+    assert difference(exact + torch.tensor([0.0, 0.5]), exact) == race.Difference(0.5, 0.125)
     for bad in (float("nan"), float("inf")):
         assert difference(torch.tensor([1.0, bad]), exact).relative == float("inf")
     assert difference(torch.ones(2), torch.zeros(2)).relative == float("inf")

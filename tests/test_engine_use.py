@@ -19,7 +19,7 @@ import mobileformer
 from mobileformer import Model
 from mobileformer.inference import Engine, FoldedNetwork, fold, library
 from mobileformer.inference.threads import most_threads, thread_count
-from mobileformer.measure import lively_weights_
+from mobileformer.measure.difference import lively_weights_
 
 pytestmark = needs_engine
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import mobileformer
 from mobileformer.data import ArraySource, Batch, EvaluationTransform, evaluation_batches
-from mobileformer.evaluation import EvaluationError, Score, evaluate, order_of_classes
-from mobileformer.measure import lively_weights_
+from mobileformer.evaluation.accuracy import EvaluationError, Score, evaluate, order_of_classes
+from mobileformer.measure.difference import lively_weights_
 
 CLASSES = sorted(name.replace("[old]", "old") for name in NAMES)
 IMAGES_OF_CLASS = 4

@@ -22,7 +22,7 @@ from mobileformer.cli import export as command
 from mobileformer.config import BlockConfig, VariantConfig
 from mobileformer.export import BOUND, ExportError, Report, check, export_model, job, to_executorch
 from mobileformer.export.network import ExportNetwork
-from mobileformer.measure import lively_weights_
+from mobileformer.measure.difference import lively_weights_
 
 # Without the compiled library the model runs on the reference and says so; the numbers are the same.
 pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarning")
@@ -194,7 +194,7 @@ def test_a_wrong_file_is_never_left(tiny: Model, tmp_path: Path, monkeypatch: py
 
 
 def test_what_is_wrong_with_a_file_is_told(tiny: Model) -> None:
-    given = job.Job(ExportNetwork(tiny), mobileformer.metadata.describe(tiny), (40, 40), True, 20)
+    given = job.Job(ExportNetwork(tiny), mobileformer.files.metadata.describe(tiny), (40, 40), True, 20)
     reference = make("tiny").double()
 
     def outputs(width: int, value: float = 0.0) -> check.Runtime:
@@ -252,7 +252,7 @@ def test_arguments_out_of_range_are_named(
 
 
 def test_the_memory_of_executorch_is_planned_for_what_is_told(tiny: Model) -> None:
-    given = job.Job(ExportNetwork(tiny, edge=True), mobileformer.metadata.describe(tiny), (64, 96), True, 20)
+    given = job.Job(ExportNetwork(tiny, edge=True), mobileformer.files.metadata.describe(tiny), (64, 96), True, 20)
     (dimensions,) = given.dynamic_shapes(largest_batch=to_executorch.LARGEST_BATCH)
     assert [dimensions[axis].max for axis in (0, 2, 3)] == [4, 64, 96]
     (fixed,) = dataclasses.replace(given, any_size=False).dynamic_shapes()
@@ -261,7 +261,7 @@ def test_the_memory_of_executorch_is_planned_for_what_is_told(tiny: Model) -> No
 
 def test_the_command(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "open_model", lambda path: tiny)
-    told = mobileformer.metadata.describe(tiny, labels=NAMES, input_size=40)
+    told = mobileformer.files.metadata.describe(tiny, labels=NAMES, input_size=40)
     monkeypatch.setattr(command, "open_metadata", lambda path: told)
     out = tmp_path / "net.pt2"
     arguments = ("export", out, "--weights", "w", "--to", "torch-export")
@@ -289,7 +289,7 @@ def test_what_the_command_shows(checked: bool, tmp_path: Path, monkeypatch: pyte
         asked.update(kwargs)
         rows = (check.Check("OpenVINO 1", (3, 3, 33, 38), 1e-6),) if kwargs["check"] else ()
         facts = {"nodes": 123, "not_delegated": {"layer_norm": 4}}
-        return Report(target, path, mobileformer.metadata.describe(model), "any batch", facts, rows)
+        return Report(target, path, mobileformer.files.metadata.describe(model), "any batch", facts, rows)
 
     monkeypatch.setattr("mobileformer.export.export_model", stand_in)
     arguments = ["export", out, "--weights", weights, "--opset", 18, "--force"]

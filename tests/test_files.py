@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mobileformer.files import NotRegularError, is_regular, open_regular, read_regular, replacing
+from mobileformer.files.reading import NotRegularError, is_regular, open_regular, read_regular
+from mobileformer.files.replacing import replacing
 
 
 def test_regular_files_and_links_to_them_are_opened(tmp_path: Path) -> None:

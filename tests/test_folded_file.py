@@ -21,10 +21,10 @@ from torch import nn
 
 from mobileformer import Metadata, Model, WeightsError, load_model, save_weights
 from mobileformer.config import VARIANTS
+from mobileformer.files.safetensors import read_safetensors
 from mobileformer.inference import FoldedNetwork, fold
 from mobileformer.inference.folded import array_shapes
-from mobileformer.inference.reader import read_safetensors
-from mobileformer.measure import lively_weights_
+from mobileformer.measure.difference import lively_weights_
 
 Rows = dict[str, dict]
 

@@ -18,7 +18,7 @@ from golden_support import capture, golden_file, recipe_image, recipe_model, sta
 from torch import Tensor
 
 from mobileformer import Model
-from mobileformer.keys import to_official
+from mobileformer.weights.keys import to_official
 
 TOLERANCE = 1e-9
 TRAIN_LABELS = [1, 10, 100, 999]

@@ -22,11 +22,11 @@ from weights_support import states_equal
 import mobileformer
 from mobileformer import WeightsError, hub
 from mobileformer.data import sample_photo
+from mobileformer.files.metadata import Metadata
 from mobileformer.inference import Engine, fold
-from mobileformer.measure import lively_weights_
-from mobileformer.metadata import Metadata
-from mobileformer.model_card import multiply_adds
-from mobileformer.published import MADDS
+from mobileformer.measure.difference import lively_weights_
+from mobileformer.race.published import MADDS
+from mobileformer.weights.card import multiply_adds
 
 TOLD = {"labels": ["tench", "great | white\nshark", "Bär"], "input_size": 64, "crop_fraction": 0.9}
 

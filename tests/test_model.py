@@ -11,8 +11,8 @@ from torch import nn
 
 import mobileformer
 from mobileformer import VARIANTS, Model
-from mobileformer.blocks import DownBlock, LiteBlock, SameBlock
 from mobileformer.config import get_variant
+from mobileformer.network.blocks import DownBlock, LiteBlock, SameBlock
 
 SIZES = [(32, 32), (33, 47), (64, 35), (97, 61), (32, 161)]
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobileformer import VARIANTS, Model
-from mobileformer.blocks import DownBlock, SameBlock
-from mobileformer.layers import (
+from mobileformer.network.blocks import DownBlock, SameBlock
+from mobileformer.network.layers import (
     ConvNorm,
     DropPath,
     DynamicReLU,

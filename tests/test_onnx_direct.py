@@ -9,7 +9,7 @@ import torch
 
 from mf_kernels import record_kernels
 from mobileformer import Model
-from mobileformer.measure import lively_weights_
+from mobileformer.measure.difference import lively_weights_
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mobileformer.cli.contact_sheet import Entry, draw_contact_sheet
 from mobileformer.training.curves import draw_curves
 from mobileformer.visualize import BlockAttention, draw_attention, fonts
 from mobileformer.visualize.confusion import draw_confusion
+from mobileformer.visualize.contact_sheet import Entry, draw_contact_sheet
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parents[1]

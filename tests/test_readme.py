@@ -81,7 +81,7 @@ def test_every_variable_is_in_the_table() -> None:
 
 def test_the_table_of_sizes_is_the_one_that_info_prints() -> None:
     from mobileformer import VARIANTS
-    from mobileformer.published import MADDS
+    from mobileformer.race.published import MADDS
 
     rows = {
         f"| {name} | {config.num_parameters:,} | {MADDS[name]['fvcore']} M | {config.published_top1} % |"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import mf_kernels
 from mobileformer import Model
-from mobileformer.measure import lively_weights_
-from mobileformer.recompute import recomputed
+from mobileformer.measure.difference import lively_weights_
+from mobileformer.network.recompute import recomputed
 
 FUSED = pytest.mark.parametrize("use_fused", [False, True], ids=["plain", "fused"])
 

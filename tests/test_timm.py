@@ -25,7 +25,7 @@ from mobileformer import (
     save_weights,
 )
 from mobileformer.inference import Engine, fold
-from mobileformer.measure import lively_weights_
+from mobileformer.measure.difference import lively_weights_
 from mobileformer.pretrained import shipped_weights
 from mobileformer.timm import MobileFormer, checkpoint_filter_fn
 

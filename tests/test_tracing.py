@@ -8,7 +8,7 @@ from torch import Tensor
 
 import mf_kernels
 from mobileformer import Model
-from mobileformer.measure import lively_weights_
+from mobileformer.measure.difference import lively_weights_
 
 
 def network(use_fused: bool, training: bool = False, variant: str = "26m") -> Model:

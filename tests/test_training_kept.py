@@ -17,7 +17,7 @@ from data_support import picture
 from training_support import Blobs, tiny
 
 from mobileformer import Model, load_model
-from mobileformer.evaluation import ranks_of
+from mobileformer.evaluation.accuracy import ranks_of
 from mobileformer.training import Options, Recipe, RecipeError, TrainingError, join, read_recipe, train
 from mobileformer.training.lock import lock_folder
 from mobileformer.training.state import load_state, previous_of, weights_of_checkpoint

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 import mf_kernels
 from mf_kernels import reference
 from mobileformer import Model
-from mobileformer.measure import lively_weights_
+from mobileformer.measure.difference import lively_weights_
 
 Function = Callable[..., Any]
 TOLERANCE = 2e-5

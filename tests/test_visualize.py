@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import mf_kernels
 from mf_kernels import reference
 from mobileformer import VARIANTS, Model
-from mobileformer.layers import FormerToMobile, MobileToFormer
-from mobileformer.measure import lively_weights_
+from mobileformer.measure.difference import lively_weights_
+from mobileformer.network.layers import FormerToMobile, MobileToFormer
 from mobileformer.visualize import (
     BlockAttention,
     attention_maps,

@@ -17,7 +17,7 @@ from cli_support import make_files, refusal, run, run_json
 from PIL import Image
 
 import mobileformer
-from mobileformer.measure import lively_weights_
+from mobileformer.measure.difference import lively_weights_
 from mobileformer.visualize import BlockAttention, attention_maps, draw_attention, write_page
 from mobileformer.visualize.figures import TILE
 from mobileformer.visualize.shades import OCTAVES, relative, shade_table, shades, underlay

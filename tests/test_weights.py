@@ -26,10 +26,10 @@ from mobileformer import (
     save_official_checkpoint,
     save_weights,
 )
-from mobileformer.checkpoint import read_header
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
-from mobileformer.files import replacing
-from mobileformer.keys import module_names, to_official, to_ours
+from mobileformer.files.replacing import replacing
+from mobileformer.weights.checkpoint import read_header
+from mobileformer.weights.keys import module_names, to_official, to_ours
 
 SMALL = "26m"
 

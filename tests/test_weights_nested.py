@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from weights_support import states_equal, unchanged
 
 from mobileformer import Model, WeightsError, load_model, load_weights, official_state_dict, read_metadata
-from mobileformer.stem import adapt_channels
+from mobileformer.weights.stem import adapt_channels
 
 SMALL = "26m"
 State = dict[str, Tensor]

@@ -13,7 +13,7 @@ from golden_support import recipe_model
 from safetensors.torch import load_file, save_file
 from weights_support import states_equal
 
-import mobileformer.weights
+import mobileformer.weights.load
 from mobileformer import (
     Model,
     WeightsError,
@@ -55,7 +55,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.empty(0).device.type == "meta", "memory is taken for a file that does not fit"
         return Model(*arguments, **keywords)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(mobileformer.weights, "Model", on_meta)
+    monkeypatch.setattr(mobileformer.weights.load, "Model", on_meta)
 
 
 @pytest.mark.usefixtures("no_memory")

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gpu.section import Section
-from mobileformer.files import replacing
+from mobileformer.files.replacing import replacing
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ("memcheck", "racecheck")

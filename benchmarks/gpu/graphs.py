@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mobileformer.measure import Timing, interleaved
+from mobileformer.measure.timing import Timing, interleaved
 
 BEYOND_CACHE = 3  # inputs together are so many times the second-level cache
 MOST_SETS = 64

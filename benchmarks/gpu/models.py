@@ -25,8 +25,8 @@ import mobileformer
 from gpu.graphs import Replay, lane, timed
 from gpu.operators import DTYPES, check_alive
 from gpu.section import Section
-from mobileformer.measure import difference, lively_weights_
-from mobileformer.published import MADDS
+from mobileformer.measure.difference import difference, lively_weights_
+from mobileformer.race.published import MADDS
 
 VARIANTS = ("294m", "508m", "26m")
 PEERS = ("levit_128", "hgnetv2_b1")  # what is fastest on a card at about this accuracy

@@ -15,7 +15,7 @@ from typing import Any
 
 from reading import load, rounded
 
-from mobileformer.files import replacing
+from mobileformer.files.replacing import replacing
 
 AGAIN = 75  # exit code of a section that cannot go on in its process and can in another
 

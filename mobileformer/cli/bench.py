@@ -25,14 +25,14 @@ from mobileformer.cli.output import (
     print_table,
     progress,
 )
-from mobileformer.cli.profile import profile, show_stages
+from mobileformer.cli.weights import photo_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mobileformer.cli.contenders import Trial
+    from mobileformer.race.trial import Trial
 
-__all__ = ["bench", "photo_tensor", "show_rows"]
+__all__ = ["bench", "show_rows"]
 
 
 def bench(
@@ -83,8 +83,8 @@ def bench(
                 raise typer.BadParameter(
                     "the engine's stages are of inference, on one thread of the CPU", param_hint="--profile"
                 )
-            stages = profile(variant, batch=batch, size=size, dtype=dtype, repeats=repeats, image=image)
-            print_json(stages) if as_json else show_stages(stages, caption=machine_line(stages["machine"]))
+            stages = _profile(variant, _images(image, batch, size), dtype, repeats)
+            print_json(stages) if as_json else _show_stages(stages, caption=machine_line(stages["machine"]))
             return
         report = measure(
             variant,
@@ -129,14 +129,11 @@ def measure(
     """Build, check and time the contenders; what was measured and on what, as plain data."""
     import torch
 
-    from mobileformer.cli.contenders import EAGER, Trial, stack_photo
     from mobileformer.inference.threads import thread_count
-    from mobileformer.measure import machine
+    from mobileformer.measure.machine import machine
+    from mobileformer.race.trial import EAGER, Trial
 
-    if image is not None:
-        x = stack_photo(photo_tensor(image, size), batch)
-    else:
-        x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = _images(image, batch, size)
     if compiled:
         note("torch.compile takes a minute or more; --no-compile leaves it out")
     with thread_count(threads):
@@ -162,29 +159,36 @@ def measure(
     }
 
 
+def _images(image: Path | None, batch: int, size: int) -> Tensor:
+    """(batch, 3, size, size): a photo in every place, or random numbers."""
+    import torch
+
+    from mobileformer.race.trial import stack_photo
+
+    if image is not None:
+        return stack_photo(photo_tensor(image, size), batch)
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _profile(variant: str, x: Tensor, dtype: Literal["float32", "bfloat16"], repeats: int) -> dict[str, Any]:
+    from mobileformer.race.profile import profile
+
+    try:
+        return profile(variant, x, dtype=dtype, repeats=repeats)
+    except RuntimeError as error:
+        raise CommandError(str(error)) from error
+
+
 def _add_runtimes(trial: Trial) -> None:
     """Those that are there and compute in the trial's dtype; of the others it is said why not."""
-    from mobileformer.cli.contenders import RUNTIMES
     from mobileformer.export import ExportError
+    from mobileformer.race.trial import RUNTIMES
 
     for name in RUNTIMES:
         try:
             trial.add(name)
         except (ExportError, RuntimeError) as error:
             note(f"without {name}: {error}")
-
-
-def photo_tensor(path: Path, size: int) -> Tensor:
-    """An image file, preprocessed as for ImageNet: (3, size, size) float32. Raises CommandError."""
-    import torch
-
-    from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD
-    from mobileformer.data import ImageError, load_image
-
-    try:
-        return torch.from_numpy(load_image(path, size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD))
-    except ImageError as error:
-        raise CommandError(str(error)) from error
 
 
 def show_rows(title: str, rows: list[dict[str, Any]], caption: str) -> None:
@@ -219,3 +223,18 @@ def show_rows(title: str, rows: list[dict[str, Any]], caption: str) -> None:
     for row in rows:
         if row["error"]:
             note(f"error: {row['name']}: {row['error']}")
+
+
+def _show_stages(report: dict[str, Any], caption: str) -> None:
+    title = f"{report['variant']}, engine ({report['isa']}), batch {report['batch']}, {report['dtype']}, one thread"
+    rows = [
+        (
+            stage["name"],
+            f"{stage['ms']:.3f}",
+            f"{stage['share']:.1%}",
+            f"{stage['gflop_per_s']:.1f}" if stage["gflop_per_s"] is not None else "-",
+        )
+        for stage in report["stages"]
+    ]
+    rows.append(("sum of the stages", f"{report['total_ms']:.3f}", "", ""))
+    print_table(title, ("stage", "ms", "share", "GFLOP/s"), rows, caption=caption)

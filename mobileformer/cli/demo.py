@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mobileformer.cli.bench import photo_tensor, show_rows
+from mobileformer.cli.bench import show_rows
 from mobileformer.cli.output import (
     MAX_REPEATS,
     MAX_THREADS,
@@ -21,9 +21,10 @@ from mobileformer.cli.output import (
     print_table,
     progress,
 )
+from mobileformer.cli.weights import photo_tensor
 
 if TYPE_CHECKING:
-    from mobileformer.cli.contact_sheet import Entry
+    from mobileformer.visualize.contact_sheet import Entry
 
 __all__ = ["demo"]
 
@@ -62,10 +63,10 @@ def _classify(sheet: Path) -> list[dict[str, Any]]:
     import numpy as np
     import torch
 
-    from mobileformer.cli.contact_sheet import Entry, draw_contact_sheet
     from mobileformer.cli.weights import input_view, open_metadata, open_model
     from mobileformer.data import preprocess
     from mobileformer.pretrained import sample_images, shipped_weights
+    from mobileformer.visualize.contact_sheet import Entry, draw_contact_sheet
 
     weights = shipped_weights()
     metadata = open_metadata(weights)
@@ -108,10 +109,10 @@ def _show_classes(classified: list[dict[str, Any]], sheet: Path) -> None:
 def _race(image: Path | None, variant: str, threads: int, repeats: int) -> dict[str, Any]:
     import torch
 
-    from mobileformer.cli.contenders import EAGER, Trial
     from mobileformer.data import sample_photo
     from mobileformer.inference.threads import thread_count
-    from mobileformer.measure import machine
+    from mobileformer.measure.machine import machine
+    from mobileformer.race.trial import EAGER, Trial
 
     photo = image or sample_photo()
     x = photo_tensor(photo, 224)[None]

@@ -27,7 +27,7 @@ from mobileformer.cli.output import (
 from mobileformer.cli.weights import SizeOption, WeightsOption, chosen_weights, input_view, read_labels
 
 if TYPE_CHECKING:
-    from mobileformer.evaluation import Report, Score
+    from mobileformer.evaluation.accuracy import Report, Score
 
 __all__ = ["evaluate"]
 
@@ -108,8 +108,8 @@ def _run(
 
     from mobileformer.data import DataError, EvaluationTransform, evaluation_batches, open_source
     from mobileformer.data.base import place
-    from mobileformer.evaluation import EvaluationError, order_of_classes
-    from mobileformer.evaluation import evaluate as run
+    from mobileformer.evaluation.accuracy import EvaluationError, order_of_classes
+    from mobileformer.evaluation.accuracy import evaluate as run
     from mobileformer.inference.threads import thread_count
 
     metadata, networks = open_networks(weights, paths, device, threads or torch.get_num_threads())

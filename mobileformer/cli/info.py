@@ -38,8 +38,8 @@ def describe() -> dict[str, Any]:
     import mobileformer
     from mf_kernels import status
     from mobileformer.inference import library
-    from mobileformer.measure import machine
-    from mobileformer.published import COUNTERS, MADDS, TOP1_SOURCE
+    from mobileformer.measure.machine import machine
+    from mobileformer.race.published import COUNTERS, MADDS, TOP1_SOURCE
 
     return {
         "version": mobileformer.__version__,
@@ -62,8 +62,8 @@ def describe() -> dict[str, Any]:
 def describe_weights(path: Path) -> dict[str, Any]:
     """What a weight file says of itself, as plain data; what it does not say is None. Raises CommandError."""
     from mobileformer import WeightsError, read_metadata
-    from mobileformer.checkpoint import open_weights, read_header
     from mobileformer.inference import folded
+    from mobileformer.weights.checkpoint import open_weights, read_header
 
     try:
         header = read_header(path)

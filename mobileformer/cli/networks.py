@@ -22,8 +22,8 @@ class EngineError(CommandError):
 def is_folded(weights: Path) -> bool:
     """Whether a file is what `convert --fold` writes. Raises CommandError."""
     from mobileformer import WeightsError
-    from mobileformer.checkpoint import read_header
     from mobileformer.inference.folded import FORMAT
+    from mobileformer.weights.checkpoint import read_header
 
     try:
         return read_header(weights).get("format") == FORMAT

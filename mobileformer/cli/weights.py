@@ -12,6 +12,8 @@ import typer
 from mobileformer.cli.output import MAX_SIZE, CommandError, note
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mobileformer import Metadata, Model
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "input_view",
     "open_metadata",
     "open_model",
+    "photo_tensor",
     "read_labels",
 ]
 
@@ -108,9 +111,22 @@ def open_model(path: Path, *, use_fused: bool = True, average: bool | None = Non
     return model
 
 
+def photo_tensor(path: Path, size: int) -> Tensor:
+    """An image file, preprocessed as for ImageNet: (3, size, size) float32. Raises CommandError."""
+    import torch
+
+    from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD
+    from mobileformer.data import ImageError, load_image
+
+    try:
+        return torch.from_numpy(load_image(path, size=size, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    except ImageError as error:
+        raise CommandError(str(error)) from error
+
+
 def read_labels(path: Path, num_classes: int) -> list[str]:
     """Names of the classes in order: a list in a .json file, else one name a line. Raises CommandError."""
-    from mobileformer.files import read_regular
+    from mobileformer.files.reading import read_regular
 
     try:
         text = read_regular(path, limit=1 << 26).decode("utf-8-sig").replace("\r\n", "\n")

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mobileformer.data.base import ArraySource, DataError, Split
-from mobileformer.files import open_regular
+from mobileformer.files.reading import open_regular
 
 __all__ = ["FASHION_MNIST", "find_idx_folder", "open_idx"]
 

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from mobileformer.files import NotRegularError, open_regular
+from mobileformer.files.reading import NotRegularError, open_regular
 
 __all__ = [
     "CROP_FRACTION",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mobileformer.data.base import ArraySource, DataError, Split, check_channels
-from mobileformer.files import open_regular
+from mobileformer.files.reading import open_regular
 
 __all__ = ["MNIST_5K", "mnist_5k_source"]
 

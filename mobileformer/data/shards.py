@@ -27,7 +27,7 @@ from PIL import Image
 from mobileformer.data.base import DataError, Split, check_channels
 from mobileformer.data.folder import SPLIT_FOLDERS, find_split
 from mobileformer.data.image import ImageError, decode_image
-from mobileformer.files import is_regular, open_regular, read_regular
+from mobileformer.files.reading import is_regular, open_regular, read_regular
 
 __all__ = ["Encoded", "ShardSource", "find_shards"]
 

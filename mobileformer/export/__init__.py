@@ -14,8 +14,8 @@ from typing import Any
 from mobileformer.export.check import BOUND, Check, compare
 from mobileformer.export.job import ExportError, Job, staged
 from mobileformer.export.network import ExportNetwork
-from mobileformer.metadata import Metadata, describe
-from mobileformer.model import Model, unwrap
+from mobileformer.files.metadata import Metadata, describe
+from mobileformer.network.classifier import Classifier, unwrap
 
 __all__ = ["BOUND", "OPSET", "TARGETS", "Check", "ExportError", "Report", "export_model"]
 
@@ -39,7 +39,7 @@ class Report:
 
 
 def export_model(
-    model: Model,
+    model: Classifier,
     path: str | os.PathLike[str],
     target: str,
     *,
@@ -102,7 +102,7 @@ def export_model(
     return Report(target, path, job.metadata, takes, facts, checks)
 
 
-def _checked(backend: ModuleType, path: Path, model: Model, job: Job) -> tuple[Check, ...]:
+def _checked(backend: ModuleType, path: Path, model: Classifier, job: Job) -> tuple[Check, ...]:
     reference = copy.deepcopy(model).double().cpu().eval()
     runtimes = backend.runtimes(path)
     return tuple(check for name, run in runtimes.items() for check in compare(name, run, reference, job))

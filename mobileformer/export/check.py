@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mobileformer.export.job import TRACED_SMALLEST, ExportError, Job
-from mobileformer.measure import difference
+from mobileformer.measure.difference import difference
 
 __all__ = ["BOUND", "Check", "Runtime", "compare", "in_fresh_process"]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobileformer.layers import BRIDGE_HEADS, FORMER_HEADS
+from mobileformer.network.layers import BRIDGE_HEADS, FORMER_HEADS
 
 __all__ = ["EdgeForm", "Form", "linear"]
 

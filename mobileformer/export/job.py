@@ -18,8 +18,8 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from mobileformer.export.network import ExportNetwork
-from mobileformer.files import resting_place
-from mobileformer.metadata import Metadata
+from mobileformer.files.metadata import Metadata
+from mobileformer.files.replacing import resting_place
 
 __all__ = ["TRACED_SMALLEST", "ExportError", "Job", "quietly", "require", "staged", "traced"]
 

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobileformer.blocks import DownBlock, LiteBlock, SameBlock
 from mobileformer.export.convolutions import Depthwise, Pointwise, as_folded, convolution, shuffled_order
 from mobileformer.export.forms import EdgeForm, Form, linear
 from mobileformer.inference.folding import folded_copy, parts_of_its_own
-from mobileformer.layers import BRIDGE_HEADS, FORMER_HEADS, DynamicReLU, Former, FormerToMobile, MobileToFormer
-from mobileformer.model import Model
+from mobileformer.network.blocks import DownBlock, LiteBlock, SameBlock
+from mobileformer.network.classifier import Classifier
+from mobileformer.network.layers import BRIDGE_HEADS, FORMER_HEADS, DynamicReLU, Former, FormerToMobile, MobileToFormer
 
 __all__ = ["ExportNetwork"]
 
@@ -44,7 +44,7 @@ class ExportNetwork(nn.Module):
     query: Tensor
     gate: Tensor
 
-    def __init__(self, model: Model, dtype: torch.dtype = torch.float32, *, edge: bool = False) -> None:
+    def __init__(self, model: Classifier, dtype: torch.dtype = torch.float32, *, edge: bool = False) -> None:
         super().__init__()
         own = parts_of_its_own(model)
         if own is not None:

@@ -9,7 +9,7 @@ import torch
 
 from mobileformer.export.check import Runtime, in_fresh_process
 from mobileformer.export.job import TRACED_SMALLEST, Job, quietly, traced
-from mobileformer.metadata import encode
+from mobileformer.files.metadata import encode
 
 __all__ = ["EDGE", "SMALLEST", "SUFFIX", "TAKES", "require_tools", "runtimes", "write"]
 

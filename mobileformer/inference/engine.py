@@ -12,10 +12,10 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from mobileformer.config import MIN_SIZE, VariantConfig
+from mobileformer.files.metadata import Metadata
 from mobileformer.inference.folded import FoldedNetwork
 from mobileformer.inference.library import chosen_isa, library
 from mobileformer.inference.threads import check_threads
-from mobileformer.metadata import Metadata
 
 __all__ = ["DTYPES", "Engine", "NotFiniteError"]
 

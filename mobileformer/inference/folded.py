@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from mobileformer.config import VariantConfig, get_variant
-from mobileformer.files import replacing
-from mobileformer.inference.reader import read_safetensors
-from mobileformer.metadata import Metadata, WeightsError, decode, encode
+from mobileformer.files.metadata import Metadata, WeightsError, decode, encode
+from mobileformer.files.replacing import replacing
+from mobileformer.files.safetensors import read_safetensors
 
 __all__ = ["FORMAT", "FoldedNetwork", "array_shapes"]
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mobileformer.files.metadata import describe
 from mobileformer.inference.folded import FoldedNetwork
-from mobileformer.layers import BRIDGE_HEADS, FORMER_HEADS, ConvNorm, KernelModule, channel_shuffle, convolve
-from mobileformer.metadata import describe
-from mobileformer.model import Head, Model, unwrap
-from mobileformer.parts import are_plain, held, is_untouched, own_method, part
+from mobileformer.network.classifier import Classifier, Head, unwrap
+from mobileformer.network.layers import BRIDGE_HEADS, FORMER_HEADS, ConvNorm, KernelModule, channel_shuffle, convolve
+from mobileformer.network.parts import are_plain, held, is_untouched, own_method, part
 
 __all__ = ["arrays_of", "fold", "folded_copy", "hooked_part", "parts_of_its_own"]
 
@@ -31,7 +31,7 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def fold(
-    model: Model,
+    model: Classifier,
     *,
     labels: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
@@ -57,7 +57,7 @@ def fold(
     return FoldedNetwork(metadata, arrays_of(folded_copy(model)))
 
 
-def folded_copy(model: Model) -> Model:
+def folded_copy(model: Classifier) -> Classifier:
     """The model in float64 with `FoldedConv` where there was a `ConvNorm`, and no norm in its head.
 
     Parts that are not what they were built as stay, and are called. One with a tensor subclass for a weight keeps its
@@ -72,7 +72,7 @@ def folded_copy(model: Model) -> Model:
     return network
 
 
-def arrays_of(network: Model) -> dict[str, np.ndarray]:
+def arrays_of(network: Classifier) -> dict[str, np.ndarray]:
     """The arrays of a `FoldedNetwork`, from what `folded_copy` made, rounded to float32 here and only here."""
     return {
         name: (value * _attention_scale(name, value)).float().cpu().contiguous().numpy()
@@ -80,10 +80,10 @@ def arrays_of(network: Model) -> dict[str, np.ndarray]:
     }
 
 
-def parts_of_its_own(model: Model) -> str | None:
+def parts_of_its_own(model: Classifier) -> str | None:
     """What makes a model more than its variant, so that its parameters alone do not say what it computes; else None."""
     with torch.device("meta"):
-        plain = Model(
+        plain = Classifier(
             model.variant,
             num_classes=max(model.num_classes, 1),  # a part that is missing is told as such below
             in_chans=model.in_chans,
@@ -134,7 +134,7 @@ def _other_tensors(module: nn.Module, built: nn.Module) -> str | None:
     return None
 
 
-def hooked_part(model: Model) -> str | None:
+def hooked_part(model: Classifier) -> str | None:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has a hook"

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from mf_kernels import KernelFallbackWarning
 from mf_kernels.environment import is_transformed, switch
+from mobileformer.files.metadata import describe
 from mobileformer.inference import library
 from mobileformer.inference.engine import Engine, NotFiniteError
 from mobileformer.inference.folded import FoldedNetwork
 from mobileformer.inference.folding import arrays_of, folded_copy, hooked_part, parts_of_its_own
 from mobileformer.inference.threads import check_threads, most_threads, thread_count
-from mobileformer.layers import ConvNorm
-from mobileformer.metadata import describe
-from mobileformer.model import Model
-from mobileformer.parts import watched_globally
+from mobileformer.network.classifier import Classifier
+from mobileformer.network.layers import ConvNorm
+from mobileformer.network.parts import watched_globally
 
 __all__ = ["DTYPES", "InferenceModel"]
 
@@ -44,7 +44,7 @@ class InferenceModel(nn.Module):
     alone once the copy has been moved to a GPU or another dtype. `engine` tells which of them it is.
     """
 
-    def __init__(self, model: Model, *, dtype: torch.dtype, threads: int | None) -> None:
+    def __init__(self, model: Classifier, *, dtype: torch.dtype, threads: int | None) -> None:
         super().__init__()
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
@@ -78,7 +78,7 @@ class InferenceModel(nn.Module):
         # without.
         gradient = nullcontext() if x.requires_grad else torch.no_grad()
         with threads, gradient:
-            return cast(Model, self._modules["network"])(x.to(self._tokens.dtype)).to(x.dtype)
+            return cast(Classifier, self._modules["network"])(x.to(self._tokens.dtype)).to(x.dtype)
 
     @property
     def engine(self) -> Engine | None:
@@ -129,7 +129,7 @@ class InferenceModel(nn.Module):
 
     def _watch(self) -> None:
         """Remember the network as it is: the engine serves while nobody hooks into it, alters it or writes to it."""
-        network = cast(Model, self._modules["network"])
+        network = cast(Classifier, self._modules["network"])
         parts = list(network.modules())
         self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._tokens = network.tokens
@@ -140,7 +140,7 @@ class InferenceModel(nn.Module):
 
     def _look(self) -> None:
         """Keep the dictionaries that say what the parts are, so that each call only has to read them."""
-        self._owns = list(map(vars, cast(Model, self._modules["network"]).modules()))
+        self._owns = list(map(vars, cast(Classifier, self._modules["network"]).modules()))
         self._settled = [
             (itemgetter(*names), [own for own in self._owns if own.keys() >= set(names)]) for names in _SETTINGS
         ]
@@ -186,7 +186,7 @@ class InferenceModel(nn.Module):
         self._prepare()
 
 
-def _folded(model: Model, network: Model, dtype: torch.dtype) -> FoldedNetwork | None:
+def _folded(model: Classifier, network: Classifier, dtype: torch.dtype) -> FoldedNetwork | None:
     """What the engine runs, or None: in silence where PyTorch is meant, with a warning where something is missing."""
     if dtype == torch.float64 or not model.use_fused or not model.tokens.is_cpu:
         return None

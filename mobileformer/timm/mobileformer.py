@@ -13,7 +13,7 @@ from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, VARIANTS
 from mobileformer.data import CROP_FRACTION
 from mobileformer.pretrained import shipped_weights
 from mobileformer.timm.network import MobileFormer, checkpoint_filter_fn
-from mobileformer.weights import read_metadata
+from mobileformer.weights.load import read_metadata
 
 __all__ = ["default_cfgs"]
 

@@ -13,8 +13,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from mobileformer.config import VariantConfig
-from mobileformer.keys import to_official, to_ours
-from mobileformer.model import Model
+from mobileformer.models import Model
+from mobileformer.weights.keys import to_official, to_ours
 
 __all__ = ["MobileFormer", "checkpoint_filter_fn"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mobileformer.files import replacing
+from mobileformer.files.replacing import replacing
 from mobileformer.training.log import read_log
 
 __all__ = ["draw_curves"]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mobileformer.files import replacing
+from mobileformer.files.replacing import replacing
 
 __all__ = ["Log", "read_log"]
 

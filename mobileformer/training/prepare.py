@@ -13,11 +13,11 @@ import numpy as np
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD
 from mobileformer.data.sources import some_images
 from mobileformer.data.transforms import EvaluationTransform, TrainTransform
-from mobileformer.model import Model
-from mobileformer.stem import adapt_numbers
+from mobileformer.models import Model
 from mobileformer.training.recipe import Recipe
 from mobileformer.training.state import TrainingError
-from mobileformer.weights import load_weights, read_metadata
+from mobileformer.weights.load import load_weights, read_metadata
+from mobileformer.weights.stem import adapt_numbers
 
 __all__ = ["check_data", "evaluation_transform", "make_model", "normalisation", "training_transform"]
 

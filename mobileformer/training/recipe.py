@@ -13,7 +13,8 @@ from importlib.resources import files
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mobileformer.config import MIN_SIZE, VARIANTS
-from mobileformer.files import read_regular, replacing
+from mobileformer.files.reading import read_regular
+from mobileformer.files.replacing import replacing
 
 __all__ = ["Recipe", "RecipeError", "read_recipe", "recipe_names", "write_recipe"]
 

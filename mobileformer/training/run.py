@@ -20,10 +20,10 @@ from torch import Tensor
 import mf_kernels
 from mobileformer.data.base import place
 from mobileformer.data.loading import evaluation_batches, steps_per_epoch, training_batches
-from mobileformer.evaluation import ranks_of
-from mobileformer.files import replacing
-from mobileformer.measure import machine
-from mobileformer.model import Model
+from mobileformer.evaluation.accuracy import ranks_of
+from mobileformer.files.replacing import replacing
+from mobileformer.measure.machine import machine
+from mobileformer.models import Model
 from mobileformer.training.average import Average, estimate_statistics
 from mobileformer.training.curves import draw_curves
 from mobileformer.training.lock import lock_folder
@@ -48,7 +48,7 @@ from mobileformer.training.state import (
 )
 from mobileformer.training.step import Outcome, Update
 from mobileformer.training.world import World
-from mobileformer.weights import save_weights
+from mobileformer.weights.load import save_weights
 
 __all__ = ["Interrupted", "Options", "train"]
 

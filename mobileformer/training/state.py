@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD
-from mobileformer.files import NotRegularError, open_regular, replacing
-from mobileformer.metadata import Metadata
+from mobileformer.files.metadata import Metadata
+from mobileformer.files.reading import NotRegularError, open_regular
+from mobileformer.files.replacing import replacing
 from mobileformer.training.recipe import Recipe
 
 __all__ = [

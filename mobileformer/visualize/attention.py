@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mobileformer.blocks import TokenBlock
-from mobileformer.layers import BRIDGE_HEADS, FormerToMobile, KernelModule, MobileToFormer
-from mobileformer.model import Model, unwrap
+from mobileformer.network.blocks import TokenBlock
+from mobileformer.network.classifier import Classifier, unwrap
+from mobileformer.network.layers import BRIDGE_HEADS, FormerToMobile, KernelModule, MobileToFormer
 
 __all__ = [
     "PATH",
@@ -57,7 +57,7 @@ class BlockAttention:
     tokens: Tensor
 
 
-def attention_maps(model: Model, x: Tensor) -> list[BlockAttention]:
+def attention_maps(model: Classifier, x: Tensor) -> list[BlockAttention]:
     """The attention of every block that has tokens, in order, and of the last bridge.
 
     ======  ==================================  ==========================================================
@@ -132,7 +132,7 @@ def _accurate(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _plain_copy(model: Model) -> Model:
+def _plain_copy(model: Classifier) -> Classifier:
     network = copy.deepcopy(model).eval()
     for part in network.modules():
         if isinstance(part, KernelModule | TokenBlock):
@@ -168,5 +168,5 @@ def _title(block: str) -> str:
     return block.replace("blocks.", "block ") if block.startswith("blocks.") else "last bridge"
 
 
-def _kind(network: Model, block: str) -> str:
+def _kind(network: Classifier, block: str) -> str:
     return network.config.blocks[int(block.removeprefix("blocks."))].kind if block.startswith("blocks.") else "last"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mobileformer.files import replacing
+from mobileformer.files.replacing import replacing
 from mobileformer.visualize.fonts import elided, font_paths, shown
 
 __all__ = ["Canvas", "new_figure", "save_figure", "use_fonts"]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mobileformer.files import replacing
+from mobileformer.files.replacing import replacing
 from mobileformer.visualize import shades
 from mobileformer.visualize.attention import BlockAttention, token_similarity
 

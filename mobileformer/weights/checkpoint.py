@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mobileformer.files import NotRegularError, open_regular
-from mobileformer.metadata import WeightsError
-from mobileformer.nesting import Contents, find_weights
+from mobileformer.files.metadata import WeightsError
+from mobileformer.files.reading import NotRegularError, open_regular
+from mobileformer.weights.nesting import Contents, find_weights
 
 __all__ = ["open_weights", "read_header"]
 

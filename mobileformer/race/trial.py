@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import mf_kernels
 import mobileformer
 from mobileformer.inference import InferenceModel
-from mobileformer.measure import Difference, Timing, difference, interleaved, lively_weights_
+from mobileformer.measure.difference import Difference, difference, lively_weights_
+from mobileformer.measure.timing import Timing, interleaved
 
 __all__ = ["EAGER", "RUNTIMES", "Contender", "Trial", "stack_photo"]
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mobileformer.config import MIN_SIZE
-from mobileformer.metadata import Metadata
-from mobileformer.model import Model
+from mobileformer.files.metadata import Metadata
+from mobileformer.models import Model
 
 __all__ = ["card_text", "multiply_adds"]
 

@@ -6,14 +6,11 @@ import json
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, VARIANTS
 
-if TYPE_CHECKING:
-    from mobileformer.model import Model
-
-__all__ = ["Metadata", "WeightsError", "check", "decode", "describe", "encode"]
+__all__ = ["Metadata", "Network", "WeightsError", "check", "decode", "describe", "encode"]
 
 # Beyond these a number is no size but damage: whoever believed it would ask for memory that no machine has.
 _LARGEST = {"num_classes": 1 << 24, "in_chans": 1 << 12, "input_size": 1 << 13}
@@ -46,8 +43,21 @@ class Metadata:
     crop_fraction: float | None = None
 
 
+class Network(Protocol):
+    """What a description is made of: a `mobileformer.Model`, or whoever says the same."""
+
+    @property
+    def variant(self) -> str: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def in_chans(self) -> int: ...
+    @property
+    def spatial_dynamic_relu(self) -> bool: ...
+
+
 def describe(
-    model: Model,
+    network: Network,
     *,
     labels: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
@@ -55,19 +65,19 @@ def describe(
     input_size: int | None = None,
     crop_fraction: float | None = None,
 ) -> Metadata:
-    """What a file made from `model` will say: for 3 channels ImageNet's mean and std where none are given.
+    """What a file made from `network` will say: for 3 channels ImageNet's mean and std where none are given.
 
     Raises ValueError when there are not as many labels as classes, or numbers as channels, for a mean or std that
     nothing can be normalised with, for a size below the smallest input and a fraction outside (0, 1].
     """
-    if model.in_chans == len(IMAGENET_MEAN):
+    if network.in_chans == len(IMAGENET_MEAN):
         mean = IMAGENET_MEAN if mean is None else mean
         std = IMAGENET_STD if std is None else std
     metadata = Metadata(
-        variant=model.variant,
-        num_classes=model.num_classes,
-        in_chans=model.in_chans,
-        spatial_dynamic_relu=model.spatial_dynamic_relu,
+        variant=network.variant,
+        num_classes=network.num_classes,
+        in_chans=network.in_chans,
+        spatial_dynamic_relu=network.spatial_dynamic_relu,
         labels=None if labels is None else tuple(labels),
         mean=None if mean is None else tuple(map(float, mean)),
         std=None if std is None else tuple(map(float, std)),

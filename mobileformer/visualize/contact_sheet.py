@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from mobileformer.files import replacing
+from mobileformer.files.replacing import replacing
 from mobileformer.visualize.fonts import elided, font_for
 
 __all__ = ["Entry", "draw_contact_sheet"]

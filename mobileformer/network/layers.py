@@ -18,7 +18,7 @@ from torch.fx import Proxy
 
 import mf_kernels
 from mf_kernels import reference
-from mobileformer.parts import are_plain, held, is_untouched, part, watched_globally
+from mobileformer.network.parts import are_plain, held, is_untouched, part, watched_globally
 
 __all__ = [
     "BRIDGE_HEADS",

@@ -14,15 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mobileformer.checkpoint import open_weights, read_header
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
-from mobileformer.files import replacing
+from mobileformer.files.metadata import Metadata, WeightsError, check, decode, describe, encode
+from mobileformer.files.replacing import replacing
 from mobileformer.inference.folded import FORMAT as FOLDED_FORMAT
-from mobileformer.keys import to_official, to_ours
-from mobileformer.metadata import Metadata, WeightsError, check, decode, describe, encode
-from mobileformer.model import Model, unwrap
-from mobileformer.nesting import KEY, Contents, find_weights
-from mobileformer.stem import adapt_channels
+from mobileformer.models import Model
+from mobileformer.network.classifier import Classifier, unwrap
+from mobileformer.weights.checkpoint import open_weights, read_header
+from mobileformer.weights.keys import to_official, to_ours
+from mobileformer.weights.nesting import KEY, Contents, find_weights
+from mobileformer.weights.stem import adapt_channels
 
 __all__ = [
     "Metadata",
@@ -45,7 +46,7 @@ _CLASSES_KEY, _CHANNELS_KEY = "head.classifier.weight", "stem.conv.weight"
 
 
 def load_weights(
-    model: Model,
+    model: Classifier,
     path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
     *,
     allow_new_head: bool = False,
@@ -68,7 +69,7 @@ def load_weights(
     ==================  =================================================================================
     allow_new_head      take a file for another number of classes too: the last linear layer stays as it is
     allow_new_channels  take a file for another number of channels too: the first convolution is adapted,
-                        `mobileformer.stem.adapt_channels`
+                        `mobileformer.weights.stem.adapt_channels`
     average             where there are raw weights and their average: True the average, False the raw ones;
                         None the average if it can be used, and a warning says which
     ==================  =================================================================================
@@ -130,7 +131,7 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
 
 
 def save_weights(
-    model: Model,
+    model: Classifier,
     path: str | os.PathLike[str],
     *,
     labels: Sequence[str] | None = None,
@@ -166,7 +167,7 @@ def save_weights(
         save_file(state, temporary, metadata=encode(metadata, form=FORMAT, version=FORMAT_VERSION))
 
 
-def official_state_dict(model: Model) -> dict[str, Tensor]:
+def official_state_dict(model: Classifier) -> dict[str, Tensor]:
     """The weights under the published names, in the published order: the model's own tensors, detached."""
     model = unwrap(model)
     state = model.state_dict()
@@ -174,7 +175,7 @@ def official_state_dict(model: Model) -> dict[str, Tensor]:
 
 
 def save_official_checkpoint(
-    model: Model,
+    model: Classifier,
     path: str | os.PathLike[str],
     *,
     labels: Sequence[str] | None = None,
@@ -223,7 +224,7 @@ def _read(source: Any, average: bool | None) -> tuple[str, Contents]:
 
 def _fit(
     name: str,
-    model: Model,
+    model: Classifier,
     own: Mapping[str, Tensor],
     state: dict[str, Tensor],
     official_names: bool,
@@ -250,13 +251,13 @@ def _fit(
 
 
 @torch.no_grad()
-def _copy_into(model: Model, state: Mapping[str, Tensor], skipped: set[str]) -> None:
+def _copy_into(model: Classifier, state: Mapping[str, Tensor], skipped: set[str]) -> None:
     for key, target in model.state_dict().items():
         if key not in skipped:
             target.copy_(state[key])
 
 
-def _our_names(state: dict[str, Tensor], model: Model, name: str) -> tuple[bool, dict[str, Tensor]]:
+def _our_names(state: dict[str, Tensor], model: Classifier, name: str) -> tuple[bool, dict[str, Tensor]]:
     """(whether the names are the published ones, the state under ours). Unknown keys keep their names."""
     ours = to_official(state, model.config)
     official = to_ours(state, model.config)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mf_kernels
 from mobileformer.config import BlockConfig
-from mobileformer.layers import (
+from mobileformer.network.layers import (
     BRIDGE_HEADS,
     FORMER_HEADS,
     ConvNorm,
@@ -24,7 +24,7 @@ from mobileformer.layers import (
     FormerToMobile,
     MobileToFormer,
 )
-from mobileformer.parts import are_plain, is_untouched, part, watched_globally
+from mobileformer.network.parts import are_plain, is_untouched, part, watched_globally
 
 __all__ = ["DownBlock", "LiteBlock", "SameBlock"]
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mobileformer.metadata import WeightsError
+from mobileformer.files.metadata import WeightsError
 
 __all__ = ["read_safetensors"]
 

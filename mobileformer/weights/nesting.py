@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mobileformer.metadata import WeightsError
+from mobileformer.files.metadata import WeightsError
 
 __all__ = ["KEY", "Contents", "find_weights"]
 

@@ -1,0 +1,1 @@
+"""Measuring: contenders in turns, differences from a reference, the machine it was done on."""

@@ -1,0 +1,1 @@
+"""Networks raced: the same weights in several runtimes, checked and timed in turns; what others published."""
