@@ -181,8 +181,8 @@ def page(paths: list[Path]) -> str:
     lines = [
         "# What things cost",
         "",
-        "Measured facts that `docs/design.md` rests on, written by `python benchmarks/costs.py`: one thread, contenders in",
-        "turns, minima.",
+        "Measured facts that `docs/design.md` rests on. Written by `python benchmarks/costs.py`: one thread,",
+        "contenders in turns, minima.",
         "",
         "| | machine | torch | commit | file |",
         "|---|---|---|---|---|",
