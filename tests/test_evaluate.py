@@ -15,7 +15,8 @@ from torch import Tensor
 
 import mobileformer
 from mobileformer.data import ArraySource, Batch, EvaluationTransform, evaluation_batches
-from mobileformer.evaluation.accuracy import EvaluationError, Score, evaluate, order_of_classes
+from mobileformer.evaluation.accuracy import Score, Tally, evaluate
+from mobileformer.evaluation.classes import EvaluationError, order_of_classes
 from mobileformer.measure.difference import lively_weights_
 
 CLASSES = sorted(name.replace("[old]", "old") for name in NAMES)
@@ -49,8 +50,30 @@ def test_counts_are_those_of_a_loop() -> None:
     np.testing.assert_array_equal(score.confusion, confusion)
     np.testing.assert_array_equal(score.top5, top5)
     assert (score.images, score.top1_correct, score.top5_correct) == (400, np.trace(confusion), top5.sum())
+    assert (np.trace(score.confusion), score.top5.sum()) == (score.top1_correct, score.top5_correct)
     assert score.mistakes()[0][2] == (confusion - np.diag(confusion.diagonal())).max()
     assert sum(count for *_, count in score.mistakes()) == 400 - score.top1_correct
+
+
+def test_a_tally_is_the_same_in_parts_and_summed_over_processes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 6, (60, 9), generator=generator).double()  # many equal ones
+    y = torch.randint(0, 9, (60,), generator=generator)
+    whole, parts = Tally(), [Tally(), Tally()]
+    ranks = whole.add(logits, y)
+    for begin in range(0, 60, 20):
+        parts[begin // 20 % 2].add(logits[begin : begin + 20], y[begin : begin + 20])
+    summed = Tally(*map(sum, zip(*(part.sums for part in parts), strict=True)))
+    assert (summed.top1_correct, summed.top5_correct, summed.images) == (
+        int((ranks == 0).sum()),
+        whole.top5_correct,
+        60,
+    )
+    assert (summed.top1_percent, summed.top5_percent) == (whole.top1_percent, whole.top5_percent)
+    assert summed.mean_loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, y)), rel=1e-12)
+    assert 0 < summed.top1_percent < summed.top5_percent < 100
+    with pytest.raises(ZeroDivisionError):
+        Tally().top1_percent  # noqa: B018
 
 
 def test_recall_and_precision() -> None:

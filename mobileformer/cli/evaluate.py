@@ -108,8 +108,8 @@ def _run(
 
     from mobileformer.data import DataError, EvaluationTransform, evaluation_batches, open_source
     from mobileformer.data.base import place
-    from mobileformer.evaluation.accuracy import EvaluationError, order_of_classes
     from mobileformer.evaluation.accuracy import evaluate as run
+    from mobileformer.evaluation.classes import EvaluationError, order_of_classes
     from mobileformer.inference.threads import thread_count
 
     metadata, networks = open_networks(weights, paths, device, threads or torch.get_num_threads())
