@@ -45,8 +45,8 @@ class Predictor:
     A call takes paths, Pillow images, uint8 arrays (H,W) or (H,W,3) of any size, and `Picture`s, one or an iterable of
     them, and gives an iterator of `Answer`s in the same order. It reads no further ahead than one batch and two images
     for each worker, so that there may be any number of images, and an answer is there as soon as its batch is. An image
-    that cannot be used is an answer with `error`. Neither `threads` nor `workers` change a bit; another `batch` may
-    round differently.
+    that cannot be used is an answer with `error`. `workers` change no bit, nor do `threads` of the engine; PyTorch's
+    own matrix products, and another `batch`, may round differently.
 
     One predictor may answer several callers at a time, each in a thread of its own.
 
