@@ -8,15 +8,14 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from cli_support import NAMES, expected, make_files, run, run_json
 
 from mobileformer.cli import answers
 from mobileformer.inference import library
+from mobileformer.prediction import Picture, Predictor
 
 # Without the compiled library the commands run on the reference and say so; the rest is the same.
 pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarning")
@@ -122,14 +121,14 @@ def test_two_do_not_write_into_one_file(folder: Path, images: Path) -> None:
 
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C where the fifth image would be read."""
-    load = answers._load
+    load = Predictor._load
 
-    def stop(found: tuple[str, str | None], view: object) -> object:
-        if found[0].endswith("5.jpg"):
+    def stop(self: Predictor, picture: Picture) -> object:
+        if picture.name.endswith("5.jpg"):
             raise KeyboardInterrupt
-        return load(found, view)  # pyright: ignore[reportArgumentType]
+        return load(self, picture)
 
-    monkeypatch.setattr(answers, "_load", stop)
+    monkeypatch.setattr(Predictor, "_load", stop)
 
 
 def test_a_stop_keeps_what_was_answered(folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,12 +155,13 @@ def test_answers_of_a_process_are_there_before_it_ends(folder: Path, images: Pat
     code = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from mobileformer.cli import answers, main\n"
-        "load = answers._load\n"
-        "def slow(found, view):\n"
-        "    if found[0].endswith('2.jpg'): time.sleep(600)\n"
-        "    return load(found, view)\n"
-        "answers._load = slow\n"
+        "from mobileformer.cli import main\n"
+        "from mobileformer.prediction import Predictor\n"
+        "load = Predictor._load\n"
+        "def slow(self, picture):\n"
+        "    if picture.name.endswith('2.jpg'): time.sleep(600)\n"
+        "    return load(self, picture)\n"
+        "Predictor._load = slow\n"
         "main()"
     )
     command = [sys.executable, "-c", code, "predict", images, *options(folder, "--json", "--batch", "1")]
@@ -178,30 +178,6 @@ def test_answers_of_a_process_are_there_before_it_ends(folder: Path, images: Pat
     assert process.returncode == 130
     assert len(json.loads(seen + out)["results"]) == 2
     assert err.splitlines()[-1] == "interrupted"
-
-
-def test_images_are_not_all_read_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many there are: what is asked of the list is what the batches and the workers need."""
-    taken = 0
-
-    def endless() -> Iterator[tuple[str, str | None]]:
-        nonlocal taken
-        while True:
-            taken += 1
-            yield str(folder / "images" / "a.jpg"), None
-
-    from mobileformer.cli.weights import InputView
-
-    view = InputView(32, (0.5,) * 3, (0.5,) * 3, 0.875)
-    for workers in (0, 3):
-        taken = 0
-        stream = answers.classify(
-            lambda x: torch.zeros(len(x), 7), endless(), view=view, names=None, top_k=1, batch=4, workers=workers
-        )
-        for _ in range(9):
-            next(stream)
-        stream.close()  # pyright: ignore[reportAttributeAccessIssue]
-        assert taken <= 12 + 4 + 2 * workers + 1
 
 
 @needs_engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from torch import Tensor
 
 import mobileformer
 from mobileformer.data import ArraySource, Batch, EvaluationTransform, evaluation_batches
-from mobileformer.evaluation.accuracy import EvaluationError, Score, evaluate, order_of_classes
+from mobileformer.evaluation.accuracy import Score, Tally, evaluate
+from mobileformer.evaluation.classes import EvaluationError, order_of_classes
+from mobileformer.inference import library
 from mobileformer.measure.difference import lively_weights_
 
 CLASSES = sorted(name.replace("[old]", "old") for name in NAMES)
@@ -49,8 +52,30 @@ def test_counts_are_those_of_a_loop() -> None:
     np.testing.assert_array_equal(score.confusion, confusion)
     np.testing.assert_array_equal(score.top5, top5)
     assert (score.images, score.top1_correct, score.top5_correct) == (400, np.trace(confusion), top5.sum())
+    assert (np.trace(score.confusion), score.top5.sum()) == (score.top1_correct, score.top5_correct)
     assert score.mistakes()[0][2] == (confusion - np.diag(confusion.diagonal())).max()
     assert sum(count for *_, count in score.mistakes()) == 400 - score.top1_correct
+
+
+def test_a_tally_is_the_same_in_parts_and_summed_over_processes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 6, (60, 9), generator=generator).double()  # many equal ones
+    y = torch.randint(0, 9, (60,), generator=generator)
+    whole, parts = Tally(), [Tally(), Tally()]
+    ranks = whole.add(logits, y)
+    for begin in range(0, 60, 20):
+        parts[begin // 20 % 2].add(logits[begin : begin + 20], y[begin : begin + 20])
+    summed = Tally(*map(sum, zip(*(part.sums for part in parts), strict=True)))
+    assert (summed.top1_correct, summed.top5_correct, summed.images) == (
+        int((ranks == 0).sum()),
+        whole.top5_correct,
+        60,
+    )
+    assert (summed.top1_percent, summed.top5_percent) == (whole.top1_percent, whole.top5_percent)
+    assert summed.mean_loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, y)), rel=1e-12)
+    assert 0 < summed.top1_percent < summed.top5_percent < 100
+    with pytest.raises(ZeroDivisionError):
+        Tally().top1_percent  # noqa: B018
 
 
 def test_recall_and_precision() -> None:
@@ -217,7 +242,8 @@ def test_the_command_counts_right(folder: Path) -> None:
     assert 0 < np.trace(matrix) < matrix.sum()
     np.testing.assert_array_equal(matrix_of(report), matrix)
     (result,) = report["results"]
-    assert (result["path"], report["size"], report["images"]) == ("fused", 32, matrix.sum())
+    usual = "engine" if library.why_not() is None else "fused"
+    assert (result["path"], report["size"], report["images"]) == (usual, 32, matrix.sum())
     assert result["top1_correct"] == np.trace(matrix)
     assert result["top1_percent"] == 100 * np.trace(matrix) / matrix.sum()
     for index, row in enumerate(report["classes"]):
@@ -237,9 +263,19 @@ def test_neither_batch_size_nor_path_changes_the_count(folder: Path, path: str) 
         assert report["results"][0]["path"] == path
 
 
-def test_bfloat16_is_close(folder: Path) -> None:
-    report = evaluated(folder, "ours.safetensors", "--path", "engine-bf16")
-    assert abs(report["results"][0]["top1_correct"] - np.trace(expected(folder))) <= 2
+@pytest.mark.parametrize("weights", ["ours.safetensors", "folded.safetensors"])
+def test_bfloat16_is_close(folder: Path, weights: str) -> None:
+    """By the path's name as by --precision; and it is another arithmetic than float32."""
+    (result,) = evaluated(folder, weights, "--path", "engine-bf16")["results"]
+    assert abs(result["top1_correct"] - np.trace(expected(folder))) <= 2
+    for options in (("--precision", "bfloat16"), ("--precision", "bfloat16", "--path", "engine")):
+        (other,) = evaluated(folder, weights, *options)["results"]
+        assert (other["path"], other["top1_correct"]) == ("engine-bf16", result["top1_correct"])
+    arguments = ("evaluate", folder / "data", "--weights", folder / weights, "--precision", "bfloat16")
+    assert "in float32" in refusal(*arguments, "--compare")
+    if weights.startswith("ours"):
+        for path in ("plain", "fused"):
+            assert "is for the inference engine, or fused on a GPU" in refusal(*arguments, "--path", path)
 
 
 def test_compare_says_whether_the_paths_agree(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,10 +364,12 @@ def test_without_the_engine_its_path_says_why(folder: Path, monkeypatch: pytest.
         raise RuntimeError("the compiled engine is missing: no compiler")
 
     monkeypatch.setattr("mobileformer.inference.engine.library", missing)
-    assert (
-        "engine: the compiled engine is missing"
-        in evaluated(folder, "ours.safetensors", "--path", "engine", code=1)["error"]
-    )
+    why = "engine: the compiled engine is missing"
+    assert why in evaluated(folder, "ours.safetensors", "--path", "engine", code=1)["error"]
+    assert why in evaluated(folder, "ours.safetensors", "--precision", "bfloat16", code=1)["error"]
+    result = run("evaluate", folder / "data", "--weights", folder / "ours.safetensors", "--json")
+    assert json.loads(result.stdout)["results"][0]["path"] == "fused"
+    assert f"fused PyTorch computes in place of the engine: {why}" in result.stderr
 
 
 def test_the_parts_of_two_processes_add_up(folder: Path) -> None:

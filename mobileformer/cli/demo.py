@@ -21,7 +21,7 @@ from mobileformer.cli.output import (
     print_table,
     progress,
 )
-from mobileformer.cli.weights import photo_tensor
+from mobileformer.cli.weights import open_predictor, photo_tensor
 
 if TYPE_CHECKING:
     from mobileformer.visualize.contact_sheet import Entry
@@ -59,34 +59,19 @@ def demo(
 
 
 def _classify(sheet: Path) -> list[dict[str, Any]]:
-    """What the shipped weights make of the sample images, fused; and the sheet that shows it."""
-    import numpy as np
-    import torch
-
-    from mobileformer.cli.weights import input_view, open_metadata, open_model
-    from mobileformer.data import preprocess
+    """What the shipped weights make of the sample images, and the sheet that shows it."""
     from mobileformer.pretrained import sample_images, shipped_weights
     from mobileformer.visualize.contact_sheet import Entry, draw_contact_sheet
 
-    weights = shipped_weights()
-    metadata = open_metadata(weights)
-    view = input_view(metadata, weights, None)
-    samples = sample_images()
-    x = np.stack([
-        preprocess(picture, size=view.size, mean=view.mean, std=view.std, crop_fraction=view.crop_fraction)
-        for picture, _ in samples
-    ])  # fmt: skip
-    with torch.inference_mode():
-        best = open_model(weights)(torch.from_numpy(x)).softmax(1).max(1)
-    names = list(metadata.labels or ())
+    predictor, samples = open_predictor(shipped_weights(), top_k=1), sample_images()
+    best = [answer.best for answer in predictor(picture for picture, _ in samples)]
     entries = [
-        Entry(picture, truth, names[int(index)], probability)
-        for (picture, truth), index, probability in zip(
-            samples, best.indices.tolist(), best.values.tolist(), strict=True
-        )
+        Entry(picture, truth, str(row.label), row.probability)
+        for (picture, truth), row in zip(samples, best, strict=True)
     ]
+    title = f"Mobile-Former {predictor.metadata.variant} on images of Fashion-MNIST's test set"
     try:
-        draw_contact_sheet(entries, f"Mobile-Former {metadata.variant} on images of Fashion-MNIST's test set", sheet)
+        draw_contact_sheet(entries, title, sheet)
     except OSError as error:
         raise CommandError(f"--sheet: {error}") from error
     return [_row(entry) for entry in entries]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mobileformer.cli.networks import open_networks
 from mobileformer.cli.output import (
     MAX_BATCH,
     MAX_THREADS,
@@ -24,10 +23,20 @@ from mobileformer.cli.output import (
     print_table,
     progress,
 )
-from mobileformer.cli.weights import SizeOption, WeightsOption, chosen_weights, input_view, read_labels
+from mobileformer.cli.weights import (
+    SizeOption,
+    WeightsOption,
+    check_threads_option,
+    chosen_weights,
+    open_predictor,
+    read_labels,
+)
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mobileformer.evaluation.accuracy import Report, Score
+    from mobileformer.prediction import Predictor
 
 __all__ = ["evaluate"]
 
@@ -49,8 +58,15 @@ def evaluate(
     size: SizeOption = None,
     path: Annotated[
         Literal["fused", "plain", "engine", "engine-bf16"] | None,
-        typer.Option(help="What computes: fused operators, plain PyTorch, the inference engine.", show_default="fused"),
+        typer.Option(
+            help="What computes: fused operators, plain PyTorch, the inference engine.",
+            show_default="the engine on the CPU, else fused",
+        ),
     ] = None,
+    precision: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option(help="Of the engine's matrix products, or of the network on a GPU."),
+    ] = "float32",
     compare: Annotated[
         bool, typer.Option("--compare", help="Run plain, fused and engine on the same batches: do they agree?")
     ] = False,
@@ -78,12 +94,16 @@ def evaluate(
         weights = chosen_weights(weights)
         if compare and path is not None:
             raise typer.BadParameter("--compare runs all of them", param_hint="--path")
+        if compare and precision != "float32":
+            raise typer.BadParameter("--compare is in float32", param_hint=f"--precision {precision}")
+        check_threads_option(threads)
         if confusion is not None and confusion.suffix.lower() != ".png":
             raise typer.BadParameter(f"{confusion}: expected the ending .png", param_hint="--confusion")
         device = check_device(device)
         report = _run(
-            data, weights, split=split, batch=batch, size=size, paths=COMPARED if compare else (path or "",),
-            confusion=confusion, labels=labels, device=device, workers=workers, threads=threads, max_broken=max_broken,
+            data, weights, split=split, batch=batch, size=size, paths=COMPARED if compare else (path,),
+            precision=precision, confusion=confusion, labels=labels, device=device, workers=workers, threads=threads,
+            max_broken=max_broken,
         )  # fmt: skip
         if as_json:
             print_json(report)
@@ -101,19 +121,18 @@ def evaluate(
 
 def _run(
     data: str, weights: Path, *, split: Literal["train", "val", "test", "all"], batch: int, size: int | None,
-    paths: tuple[str, ...], confusion: Path | None, labels: Path | None, device: str, workers: int,
-    threads: int | None, max_broken: int,
+    paths: tuple[str | None, ...], precision: str, confusion: Path | None, labels: Path | None, device: str,
+    workers: int, threads: int | None, max_broken: int,
 ) -> dict[str, Any]:  # fmt: skip
     import torch
 
     from mobileformer.data import DataError, EvaluationTransform, evaluation_batches, open_source
     from mobileformer.data.base import place
-    from mobileformer.evaluation.accuracy import EvaluationError, order_of_classes
     from mobileformer.evaluation.accuracy import evaluate as run
-    from mobileformer.inference.threads import thread_count
+    from mobileformer.evaluation.classes import EvaluationError, order_of_classes
 
-    metadata, networks = open_networks(weights, paths, device, threads or torch.get_num_threads())
-    view = input_view(metadata, weights, size)
+    predictors = _predictors(weights, paths, precision, size=size, device=device, threads=threads)
+    metadata, view = next(iter(predictors.values())).metadata, next(iter(predictors.values())).view
     names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels
     try:
         source = open_source(data, split, channels=metadata.in_chans, partial=True)
@@ -122,14 +141,13 @@ def _run(
         transform = EvaluationTransform(view.size, view.mean, view.std, crop_fraction=view.crop_fraction)
         loaded = evaluation_batches(source, transform, batch_size=batch, workers=workers)
         start = time.perf_counter()
-        with thread_count(threads or torch.get_num_threads()):
-            report = run(
-                networks,
-                _watched(loaded, len(source)),
-                num_classes=metadata.num_classes,
-                order=order,
-                max_broken=max_broken,
-            )
+        report = run(
+            {name: _on_tensors(predictor) for name, predictor in predictors.items()},
+            _watched(loaded, len(source)),
+            num_classes=metadata.num_classes,
+            order=order,
+            max_broken=max_broken,
+        )
         seconds = time.perf_counter() - start
     except (DataError, EvaluationError, ImportError, OSError) as error:
         raise CommandError(f"{data}: {error}" if isinstance(error, EvaluationError) else str(error)) from error
@@ -157,6 +175,23 @@ def _run(
         _draw(confusion, report, names, told)
         told["confusion"] = str(confusion)
     return told
+
+
+def _predictors(weights: Path, paths: tuple[str | None, ...], precision: str, **options: Any) -> dict[str, Predictor]:
+    """What computes, by the name that the report has for it: the path, with "-bf16" behind it for bfloat16."""
+    found = {}
+    for path in paths:
+        asked, bf16 = (path.removesuffix("-bf16"), path.endswith("-bf16")) if path else (None, False)
+        predictor = open_predictor(weights, path=asked, precision="bfloat16" if bf16 else precision, **options)
+        network = predictor.network
+        found[network.path + ("-bf16" if network.precision == "bfloat16" else "")] = predictor
+    return found
+
+
+def _on_tensors(predictor: Predictor) -> Callable[[Tensor], Tensor]:
+    import torch
+
+    return lambda x: torch.from_numpy(predictor.logits(x.numpy()))
 
 
 def _watched(batches: Iterator[Any], images: int) -> Iterator[Any]:

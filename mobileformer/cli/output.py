@@ -198,10 +198,11 @@ DeviceOption = Annotated[
 
 def check_device(device: str) -> str:
     """The device that was asked for, of auto the one that it means. Raises CommandError where it is not there."""
-    import torch
-
     if device == "cpu":
         return device
+
+    import torch
+
     there = torch.cuda.is_available()
     if device == "auto":
         return "cuda" if there else "cpu"

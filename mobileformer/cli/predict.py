@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mobileformer.cli.answers import AnswerFile, AnswerTable, classify, run_key
+from mobileformer.cli.answers import AnswerTable
 from mobileformer.cli.output import (
     MAX_BATCH,
     MAX_THREADS,
     MAX_WORKERS,
     CommandError,
     DeviceOption,
-    Document,
     JsonOption,
     check_device,
     check_memory,
@@ -25,10 +25,17 @@ from mobileformer.cli.output import (
     print_json,
     progress,
 )
-from mobileformer.cli.weights import SizeOption, WeightsOption, chosen_weights, input_view, read_labels
+from mobileformer.cli.weights import (
+    SizeOption,
+    WeightsOption,
+    check_threads_option,
+    chosen_weights,
+    open_predictor,
+    read_labels,
+)
 
 if TYPE_CHECKING:
-    from mobileformer import Metadata
+    from mobileformer.prediction import Answer, AnswerFile, Picture, Predictor
 
 __all__ = ["predict"]
 
@@ -86,47 +93,49 @@ def predict(
     with command(as_json or as_lines, lines=as_lines) as document:
         _check_options(output, as_json=as_json, as_lines=as_lines)
         weights = chosen_weights(weights)
-        metadata, path, device, network = _open(weights, device, fused, precision, threads)
-        names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels
-        view = input_view(metadata, weights, size)
+        check_threads_option(threads)
+        predictor = _open(
+            weights, device, fused, size=size, top_k=top_k, precision=precision, threads=threads, workers=workers,
+            batch=batch,
+        )  # fmt: skip
+        metadata, view, network = predictor.metadata, predictor.view, predictor.network
+        if labels is not None:
+            predictor.labels = read_labels(labels, metadata.num_classes)
         check_memory(view.size, batch, channels=metadata.in_chans)
         told = {
             "weights": str(weights),
             "variant": metadata.variant,
-            "device": device,
-            "fused": path != "plain",
-            "path": path,
+            "device": network.device,
+            "fused": network.path != "plain",
+            "path": network.path,
             "precision": precision,
             "size": view.size,
             "crop_fraction": view.crop_fraction,
         }
-        sink: AnswerFile | AnswerTable | Document
+        kept, table = None, AnswerTable(has_names=predictor.labels is not None)
+        add: Callable[[Answer], None] = table.add
         if output is not None:
-            sink = AnswerFile(output, run_key(weights, view, names, top_k, told["fused"], precision))
+            kept = _kept(output, weights, view, predictor.labels, top_k, told["fused"], precision)
+            add = partial(_keep, kept)
         elif document.wanted:
-            sink = document
             document.begin(told, "results")
-        else:
-            sink = AnswerTable(has_names=names is not None)
-        before = sink.answered if isinstance(sink, AnswerFile) else {}
+            add = lambda answer: document.add(answer.row())  # noqa: E731
+        before = {} if kept is None else kept.answered
         count, failed = len(before), sum(before.values())
         if before:
             note(f"{output}: goes on after {count} answers")
         document.tail["failed"] = failed
-        with closing(sink), _threads(threads):
-            answers = classify(
-                network, _to_do(images, before), view=view, names=names, top_k=top_k, batch=batch, workers=workers
-            )
-            for answer in answers:
+        with closing(kept or table):
+            for answer in predictor(_to_do(images, before)):
                 count += 1
-                if "error" in answer:
-                    note(f"error: {answer['error']}")
+                if answer.error is not None:
+                    note(f"error: {answer.error}")
                     document.tail["failed"] = failed = failed + 1
-                sink.add(answer)
-        if sink is document:
-            document.end()
-        elif as_json:
+                add(answer)
+        if kept is not None and as_json:
             print_json({**told, "output": str(output), "answers": count, "failed": failed})
+        elif kept is None and document.wanted:
+            document.end()
         if failed:
             if count > 1:
                 note(f"{failed} of {count} failed")
@@ -144,42 +153,47 @@ def _check_options(output: Path | None, *, as_json: bool, as_lines: bool) -> Non
         raise CommandError(f"--output {output}: the folder {output.parent} does not exist")
 
 
-def _to_do(images: list[str], before: dict[str, bool]) -> Iterator[tuple[str, str | None]]:
+def _to_do(images: list[str], before: dict[str, bool]) -> Iterator[Picture]:
     """The images that have no answer yet, with a bar for whoever watches."""
-    from mobileformer.data import find_images
+    from mobileformer.prediction import pictures_in
 
-    return ((name, problem) for name, problem in progress(find_images(images), "images") if name not in before)
+    return (picture for picture in progress(pictures_in(images), "images") if picture.name not in before)
 
 
-def _open(
-    weights: Path, device: str, fused: bool | None, precision: str, threads: int | None
-) -> tuple[Metadata, str, str, Callable[[Any], Any]]:
-    """What the file says of itself, which path computes, where, and the function from images to logits."""
-    import torch
-
-    from mobileformer.cli.networks import EngineError, is_folded, open_networks
+def _open(weights: Path, device: str, fused: bool | None, **options: Any) -> Predictor:
+    """The predictor that the options ask for."""
+    from mobileformer.prediction import is_folded
 
     folded = is_folded(weights)
     device = check_device("cpu" if folded and device == "auto" else device)
-    path = "engine" if folded or (fused is None and device == "cpu") else "plain" if fused is False else "fused"
     if folded and fused is not None:
         raise CommandError(f"{weights}: is folded for inference, only the engine runs it, not --fused or --no-fused")
-    if precision == "bfloat16" and not path.startswith("engine") and (path == "plain" or device == "cpu"):
-        raise typer.BadParameter("is for the inference engine, or fused on a GPU", param_hint="--precision bfloat16")
-    chosen = path + ("-bf16" if precision == "bfloat16" else "")
-    count = threads or torch.get_num_threads()
+    path = None if fused is None else "fused" if fused else "plain"
+    return open_predictor(weights, path=path, device=device, **options)
+
+
+def _kept(output: Path, weights: Path, *told: object) -> AnswerFile:
+    """The file of answers, which goes on where this run was stopped. Raises CommandError."""
+    from mobileformer.files.reading import NotRegularError
+    from mobileformer.prediction import AnswerFile, AnswerFileError, run_key
+
     try:
-        metadata, networks = open_networks(weights, (chosen,), device, count)
-    except EngineError as error:
-        if folded or precision == "bfloat16":
-            raise
-        note(f"fused PyTorch computes in place of the engine: {error}")
-        path = chosen = "fused"
-        metadata, networks = open_networks(weights, (chosen,), device, count)
-    return metadata, path, device, networks[chosen]
+        run = run_key(weights, *told)
+    except OSError as error:
+        raise CommandError(f"{weights}: {error.strerror}") from error
+    try:
+        return AnswerFile(output, run)
+    except AnswerFileError as error:
+        raise CommandError(f"--output {error}") from error
+    except NotRegularError as error:
+        why = "expected a file, found a device or pipe; --jsonl writes to one"
+        raise CommandError(f"--output {output}: {why}") from error
+    except OSError as error:
+        raise CommandError(f"--output {output}: {error.strerror}") from error
 
 
-def _threads(threads: int | None) -> AbstractContextManager[None]:
-    from mobileformer.inference.threads import thread_count
-
-    return nullcontext() if threads is None else thread_count(threads)
+def _keep(kept: AnswerFile, answer: Answer) -> None:
+    try:
+        kept.add(answer)
+    except OSError as error:
+        raise CommandError(f"--output {kept.path}: {error.strerror}") from error

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mobileformer.cli.output import CommandError, JsonOption, command, note, print_json, print_table
-from mobileformer.cli.weights import (
-    InputView,
-    SizeOption,
-    WeightsOption,
-    chosen_weights,
-    input_view,
-    open_metadata,
-    open_model,
-)
+from mobileformer.cli.weights import SizeOption, WeightsOption, chosen_weights, open_metadata, open_predictor
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from mobileformer import Metadata, Model
     from mobileformer.visualize import BlockAttention
 
 __all__ = ["visualize"]
@@ -78,21 +66,24 @@ def _check_targets(out: Path | None, page: Path | None, image: Path, weights: Pa
 def _run(image: Path, weights: Path, out: Path | None, page: Path | None, size: int | None) -> dict[str, Any]:
     import torch
 
-    from mobileformer.data import ImageError, load_image
+    from mobileformer.data import ImageError
     from mobileformer.visualize import PATH, attention_maps, draw_attention, write_page
 
-    metadata = open_metadata(weights)
-    view = input_view(metadata, weights, size)
+    metadata = open_metadata(weights)  # says of a folded file that no model comes of it
+    predictor = open_predictor(weights, path="fused", size=size, top_k=3)
+    view, network = predictor.view, predictor.network
     try:
-        array = load_image(image, **asdict(view))
+        pixels = predictor.pixels(image)
     except ImageError as error:
         raise CommandError(str(error)) from error
-    model = open_model(weights)
-    x = torch.from_numpy(array)[None]
-    blocks = attention_maps(model, x)
+    assert network.model is not None  # of PyTorch
+    blocks = attention_maps(network.model, torch.from_numpy(network.prepare(pixels))[None])
     if not all(bool(torch.isfinite(block.mobile_to_former).all()) for block in blocks):
         raise CommandError(f"{weights}: its attention is not finite, so there is nothing to draw")
-    predictions = _predictions(model, x, metadata)
+    (answer,) = predictor.answers([str(image)], pixels[None])
+    if answer.error is not None:
+        raise CommandError(answer.error)
+    predictions = answer.row()["predictions"]
     told = {
         "title": f"Where Mobile-Former {metadata.variant} looks",
         "notes": [
@@ -101,7 +92,7 @@ def _run(image: Path, weights: Path, out: Path | None, page: Path | None, size: 
             "Attention from the reference path in plain PyTorch; the fused kernels never hold it.",
         ],
     }
-    photo = _photo(array, view)
+    photo = pixels if pixels.shape[2] == 3 else pixels.repeat(3, axis=2)
     try:
         if out is not None:
             draw_attention(blocks, photo, out, **told)
@@ -123,31 +114,10 @@ def _run(image: Path, weights: Path, out: Path | None, page: Path | None, size: 
     }
 
 
-def _predictions(model: Model, x: Any, metadata: Metadata) -> list[dict[str, Any]]:
-    import torch
-
-    with torch.inference_mode():
-        top = model(x)[0].double().softmax(0).topk(min(3, metadata.num_classes))
-    names = metadata.labels
-    return [
-        {"class": index, "label": names[index] if names else None, "probability": probability}
-        for index, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
-
-
 def _sentence(predictions: list[dict[str, Any]]) -> str:
     named = (row["label"] or f"class {row['class']}" for row in predictions)
     shares = (f"{100 * row['probability']:.1f} %" for row in predictions)
     return "Taken for: " + ", ".join(f"{name} {share}" for name, share in zip(named, shares, strict=True))
-
-
-def _photo(array: np.ndarray, view: InputView) -> np.ndarray:
-    """The input before it was normalised: (C,H,W) -> (H,W,3) uint8."""
-    import numpy as np
-
-    pixels = array.transpose(1, 2, 0) * np.asarray(view.std) + np.asarray(view.mean)
-    image = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
-    return image if image.shape[2] == 3 else image.repeat(3, axis=2)
 
 
 def _described(block: BlockAttention) -> dict[str, Any]:

@@ -1,11 +1,15 @@
-"""What the commands share about weights: how to get them, opening them, labels, what they want to see of an image."""
+"""What the commands share about weights: how to get them, opening them, labels."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,15 +19,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mobileformer import Metadata, Model
+    from mobileformer.prediction import Predictor
 
 __all__ = [
-    "InputView",
     "SizeOption",
     "WeightsOption",
+    "check_threads_option",
     "chosen_weights",
-    "input_view",
     "open_metadata",
     "open_model",
+    "open_predictor",
     "photo_tensor",
     "read_labels",
 ]
@@ -42,16 +47,6 @@ SizeOption = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class InputView:
-    """How an image becomes the network's input: the keyword arguments of `mobileformer.data.load_image`."""
-
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_fraction: float
-
-
 def chosen_weights(weights: Path | None) -> Path:
     """The file that was given, or the package's own, which is then told: they know ten kinds of clothing alone."""
     from mobileformer.pretrained import shipped_weights
@@ -60,22 +55,6 @@ def chosen_weights(weights: Path | None) -> Path:
         return weights
     note("without --weights: the 52m in the package, trained on Fashion-MNIST, ten kinds of clothing on black")
     return shipped_weights()
-
-
-def input_view(metadata: Metadata, weights: Path, size: int | None) -> InputView:
-    """As the weight file says, with `size` in place of its own where one is given. Raises CommandError."""
-    from mobileformer.data import CROP_FRACTION
-
-    if metadata.in_chans not in (1, 3):
-        raise CommandError(f"{weights}: takes {metadata.in_chans} channels, an image file has 1 or 3")
-    if metadata.mean is None or metadata.std is None:
-        raise CommandError(
-            f"{weights}: does not say what its input is normalised with; write it again with "
-            "mobileformer.save_weights(model, path, mean=..., std=...)"
-        )
-    return InputView(
-        size or metadata.input_size or 224, metadata.mean, metadata.std, metadata.crop_fraction or CROP_FRACTION
-    )
 
 
 def open_metadata(path: Path) -> Metadata:
@@ -93,22 +72,56 @@ def open_model(path: Path, *, use_fused: bool = True, average: bool | None = Non
 
     Raises CommandError.
     """
-    import warnings
-
     from mobileformer import WeightsError, load_model
 
     try:
-        with warnings.catch_warnings(record=True) as told:
-            warnings.filterwarnings("always", module=__name__)
-            model = load_model(path, use_fused=use_fused, average=average)
+        with warnings_told(__name__):
+            return load_model(path, use_fused=use_fused, average=average)
     except (WeightsError, OSError) as error:
         raise CommandError(str(error)) from error
+
+
+def open_predictor(weights: Path, **options: Any) -> Predictor:
+    """A `Predictor` of a weight file; which of several weights it takes, and what computes in place of what, is told.
+
+    options: those of `Predictor`. Raises CommandError, and BadParameter for a precision that does not go with them.
+    """
+    from mobileformer import WeightsError
+    from mobileformer.prediction import DeviceError, EngineError, PrecisionError, Predictor, network
+
+    try:
+        with warnings_told(network.__name__):
+            return Predictor(weights, **options)
+    except PrecisionError as error:
+        hint = f"--precision {options['precision']}"
+        raise typer.BadParameter("is for the inference engine, or fused on a GPU", param_hint=hint) from error
+    except DeviceError as error:
+        raise CommandError(f"--{error}") from error
+    except (WeightsError, EngineError, OSError) as error:
+        raise CommandError(str(error)) from error
+
+
+@contextmanager
+def warnings_told(module: str) -> Iterator[None]:
+    """What a module warns of, inside, becomes notes, also where warnings are errors; others stay what they are."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.filterwarnings("always", module=re.escape(module))
+        yield
     for warning in told:
-        if warning.filename == __file__:
+        if warning.filename == sys.modules[module].__file__:
             note(str(warning.message))
-        else:  # not of the loading
+        else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return model
+
+
+def check_threads_option(threads: int | None) -> None:
+    """Raise BadParameter for more threads than are of use on this machine."""
+    from mobileformer.inference.threads import check_threads
+
+    try:
+        check_threads(1 if threads is None else threads)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("threads: "), param_hint="--threads") from error
 
 
 def photo_tensor(path: Path, size: int) -> Tensor:

@@ -158,6 +158,11 @@ def preprocess(
     wanted = MODES.get(len(mean))
     if image.mode != wanted:
         raise ValueError(f"image: mode {image.mode!r} does not fit {len(mean)} means, expected {wanted!r}")
+    return normalised(np.asarray(centre_square(image, size, crop_fraction)), mean, std)
+
+
+def centre_square(image: Image.Image, size: int, crop_fraction: float) -> Image.Image:
+    """The size x size pixels that a network sees: short side to floor(size / crop_fraction), then the middle."""
     width, height = image.size
     if width > MAX_ASPECT * height:
         image = _centre_crop(image, MAX_ASPECT * height, height)
@@ -169,10 +174,19 @@ def preprocess(
         resized = (short, int(short * height / width))
     else:
         resized = (int(short * width / height), short)
-    image = _centre_crop(image.resize(resized, Image.Resampling.BILINEAR), size, size)
-    pixels = np.asarray(image, dtype=np.float32).reshape(size, size, len(mean)) / np.float32(255)
-    pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return _centre_crop(image.resize(resized, Image.Resampling.BILINEAR), size, size)
+
+
+def normalised(pixels: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> npt.NDArray[np.float32]:
+    """(x / 255 - mean) / std: one image (H,W,C), of one channel (H,W) too, or many (B,H,W,C) -> (...,C,H,W) float32."""
+    channels = len(mean)
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.shape[-1] != channels:
+        raise ValueError(f"pixels: expected {channels} channels, one for each mean, got shape {pixels.shape}")
+    values = pixels.astype(np.float32) / np.float32(255)
+    values = (values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return np.ascontiguousarray(np.moveaxis(values, -1, -3))
 
 
 def load_image(

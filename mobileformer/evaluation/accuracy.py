@@ -1,13 +1,14 @@
 """How right a network is on a split of a data set: counts of images, which no batch size changes.
 
 An image counts by the rank of its class: how many classes have a larger logit, or an equal one and come before. So an
-accuracy is a count of images divided by another, and nothing is averaged over batches.
+accuracy is a count of images divided by another, and nothing is averaged over batches. Training and `evaluate` count by
+the same `Tally`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,17 +16,76 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from mobileformer.evaluation.classes import EvaluationError
 
 if TYPE_CHECKING:
     from mobileformer.data.batch import Batch
 
-__all__ = ["Agreement", "EvaluationError", "Report", "Score", "evaluate", "order_of_classes", "ranks_of"]
+__all__ = [
+    "TOP",
+    "Agreement",
+    "Report",
+    "Score",
+    "Tally",
+    "evaluate",
+    "ranks_of",
+]
 
 Network = Callable[[Tensor], Tensor]
+TOP = 5  # the classes with the largest logits, among which the right one counts for top-5
 
 
-class EvaluationError(RuntimeError):
-    """An evaluation that came to no number; the message says which images, classes or logits are the reason."""
+@dataclass(slots=True)
+class Tally:
+    """Images by the rank of their class, and the sum of their losses: what batches and processes add up to.
+
+    ============  ====================================================================
+    field         meaning
+    ============  ====================================================================
+    top1_correct  images whose class has the largest logit
+    top5_correct  images whose class is among the five with the largest logits
+    loss_sum      cross entropy in nats, summed over the images
+    images        images that were counted
+    ============  ====================================================================
+
+    Over processes each field is summed by itself: `Tally(*world.sum(*tally.sums))`.
+    """
+
+    top1_correct: float = 0
+    top5_correct: float = 0
+    loss_sum: float = 0.0
+    images: float = 0
+
+    def add(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Count a batch: logits (B,K), y (B) int64 on the same device -> the rank of each image's class, (B) int64."""
+        ranks = ranks_of(logits, y)
+        self.top1_correct += int((ranks < 1).sum())
+        self.top5_correct += int((ranks < TOP).sum())
+        self.loss_sum += float(F.cross_entropy(logits, y, reduction="sum"))
+        self.images += len(y)
+        return ranks
+
+    @property
+    def sums(self) -> tuple[float, float, float, float]:
+        """The fields, in the order in which `Tally` takes them."""
+        return self.top1_correct, self.top5_correct, self.loss_sum, self.images
+
+    @property
+    def top1_percent(self) -> float:
+        """Per cent of the images whose class has the largest logit. ZeroDivisionError where there are no images."""
+        return 100 * self.top1_correct / self.images
+
+    @property
+    def top5_percent(self) -> float:
+        """Per cent of the images whose class is among the five. ZeroDivisionError where there are no images."""
+        return 100 * self.top5_correct / self.images
+
+    @property
+    def mean_loss(self) -> float:
+        """Cross entropy of an image, in nats. ZeroDivisionError where there are no images."""
+        return self.loss_sum / self.images
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,28 +97,30 @@ class Score:
     =========  ======  ===================================================================================
     confusion  (K,K)   int64: images of the class of the row that were taken for the class of the column
     top5       (K)     int64: images of a class that is among the five with the largest logits
+    tally              the same over all classes, and the loss
     seconds            in the network, without loading the images
     =========  ======  ===================================================================================
     """
 
     confusion: npt.NDArray[np.int64]
     top5: npt.NDArray[np.int64]
+    tally: Tally
     seconds: float
 
     @property
     def images(self) -> int:
         """Images that were classified."""
-        return int(self.confusion.sum())
+        return int(self.tally.images)
 
     @property
     def top1_correct(self) -> int:
         """Images whose class has the largest logit."""
-        return int(np.trace(self.confusion))
+        return int(self.tally.top1_correct)
 
     @property
     def top5_correct(self) -> int:
         """Images whose class is among the five with the largest logits."""
-        return int(self.top5.sum())
+        return int(self.tally.top5_correct)
 
     @property
     def images_of_class(self) -> npt.NDArray[np.int64]:
@@ -115,23 +177,24 @@ class Report:
 
 
 @dataclass(eq=False)
-class _Tally:
+class _Counts:
     """One network's counts so far."""
 
     confusion: Tensor
     top5: Tensor
+    tally: Tally = field(default_factory=Tally)
     seconds: float = 0.0
     differently: int = 0
     difference: float = 0.0
 
-    def count(self, logits: Tensor, y: Tensor) -> None:
-        taken_for = _first_largest(logits)
+    def add(self, logits: Tensor, y: Tensor) -> None:
+        ranks, taken_for = self.tally.add(logits, y), _first_largest(logits)
         classes = len(self.top5)
         self.confusion += torch.bincount(y * classes + taken_for, minlength=classes**2).view(classes, classes)
-        self.top5 += torch.bincount(y[ranks_of(logits, y) < 5], minlength=classes)
+        self.top5 += torch.bincount(y[ranks < TOP], minlength=classes)
 
     def score(self) -> Score:
-        return Score(self.confusion.numpy(), self.top5.numpy(), self.seconds)
+        return Score(self.confusion.numpy(), self.top5.numpy(), self.tally, self.seconds)
 
 
 @dataclass(eq=False)
@@ -168,8 +231,8 @@ def evaluate(
     networks     name -> function from x (B,C,H,W) on the CPU to logits (B, num_classes), on any device
     batches      what `mobileformer.data.loading.evaluation_batches` gives
     num_classes  K, width of the logits
-    order        position of each of the data's classes among the network's, see `order_of_classes`; None
-                 where they are the same
+    order        position of each of the data's classes among the network's, as `order_of_classes` of
+                 classes.py finds them; None where they are the same
     max_broken   images that may be unreadable; they count for nothing
     ===========  ==========================================================================================
 
@@ -179,7 +242,7 @@ def evaluate(
     """
     if not networks:
         raise ValueError("networks: expected at least one")
-    tallies = {name: _empty(num_classes) for name in networks}
+    counted = {name: _empty(num_classes) for name in networks}
     places = torch.arange(num_classes) if order is None else torch.as_tensor(order)
     broken, largest, images = _Broken(max_broken), 0.0, 0
     for batch in batches:
@@ -187,85 +250,25 @@ def evaluate(
         if not len(batch.y):
             continue
         first, y = None, places[batch.y]
-        for (name, network), tally in zip(networks.items(), tallies.values(), strict=True):
+        for (name, network), counts in zip(networks.items(), counted.values(), strict=True):
             if not images:
                 network(batch.x)
-            logits = _timed(network, batch.x, tally)
+            logits = _timed(network, batch.x, counts)
             _check(name, logits, batch, num_classes)
-            tally.count(logits, y)
+            counts.add(logits, y)
             if first is None:
                 first, largest = logits, max(largest, logits.abs().max().item())
             else:
-                tally.difference = max(tally.difference, (logits - first).abs().max().item())
-                tally.differently += int((_first_largest(logits) != _first_largest(first)).sum())
+                counts.difference = max(counts.difference, (logits - first).abs().max().item())
+                counts.differently += int((_first_largest(logits) != _first_largest(first)).sum())
         images += len(y)
     if not images:
         raise EvaluationError(f"no image to evaluate on: the split is empty, or all {len(broken.messages)} are broken")
     return Report(
-        {name: tally.score() for name, tally in tallies.items()},
-        {name: Agreement(tally.differently, tally.difference, largest) for name, tally in list(tallies.items())[1:]},
+        {name: counts.score() for name, counts in counted.items()},
+        {name: Agreement(counts.differently, counts.difference, largest) for name, counts in list(counted.items())[1:]},
         tuple(broken.messages),
     )
-
-
-def order_of_classes(
-    classes: Sequence[str], labels: Sequence[str] | None, num_classes: int, *, present: Collection[str] | None = None
-) -> list[int]:
-    """The position of each of the data's classes among the network's.
-
-    classes: names in the order of the data. labels: names in the order of the network, or None where it has none.
-    present: the classes that there are images of, where they may be a part of the network's; None: all, and the
-    network has no others. A class that is not present and the network does not know has position 0.
-
-    With labels, classes are found by name. Without, the orders are taken to be the same, except where sorting mixed
-    them up: names that are the numbers 0 to num_classes - 1 are the positions. A part of other names than numbers has
-    no positions then, and numbers from elsewhere on, whose order as text is another one, could mean either.
-
-    Raises EvaluationError where the sets do not fit, with the first name that only one of them has, and where the
-    order cannot be known.
-    """
-    if labels is None:
-        return _unnamed(classes, num_classes, partial=present is not None)
-    if list(classes) == list(labels):
-        return list(range(num_classes))
-    for names, where, other, elsewhere in (
-        (classes, "data", set(labels), "weights"),
-        (labels, "weights", set(classes), "data"),
-    ):
-        if present is not None:
-            names = [name for name in classes if name in present] if where == "data" else []
-        missing = next((name for name in names if name not in other), None)
-        if missing is not None:
-            raise EvaluationError(
-                f"{missing!r} is a class of the {where} and none of the {elsewhere}: {len(classes)} in the data "
-                f"({_some(classes)}), {len(labels)} in the weights ({_some(labels)})"
-            )
-    position = {name: index for index, name in enumerate(labels)}
-    for names, where in ((labels, "weights"), (classes, "data")):
-        if len(set(names)) != len(names):
-            twice = next(name for index, name in enumerate(names) if name in names[:index])
-            raise EvaluationError(
-                f"the class {twice!r} is in the {where} twice, and the orders differ: which is which?"
-            )
-    return [position.get(name, 0) for name in classes]
-
-
-def _unnamed(classes: Sequence[str], num_classes: int, *, partial: bool) -> list[int]:
-    """`order_of_classes` for a network that does not name its classes."""
-    numbers = [int(name) if name.isascii() and name.isdecimal() and len(name) < 10 else -1 for name in classes]
-    in_range = min(numbers, default=-1) >= 0 and max(numbers) < num_classes and len(set(numbers)) == len(numbers)
-    if in_range and (partial or len(classes) == num_classes):
-        return numbers
-    if len(classes) != num_classes:
-        raise EvaluationError(
-            f"the data has {len(classes)} classes, the weights {num_classes} without names: --labels gives them"
-        )
-    if min(numbers, default=-1) >= 0 and numbers != sorted(numbers):
-        raise EvaluationError(
-            f"the data's classes are numbers, {_some(classes)}, in the order of text, and the weights have no names: "
-            "which is the first class? --labels tells"
-        )
-    return list(range(num_classes))
 
 
 def ranks_of(logits: Tensor, y: Tensor) -> Tensor:
@@ -286,10 +289,10 @@ def _first_largest(logits: Tensor) -> Tensor:
     return torch.from_numpy(logits.numpy().argmax(axis=1))
 
 
-def _timed(network: Network, x: Tensor, tally: _Tally) -> Tensor:
+def _timed(network: Network, x: Tensor, counts: _Counts) -> Tensor:
     start = time.perf_counter()
     logits = network(x).float().cpu()  # the copy waits for a GPU to be done
-    tally.seconds += time.perf_counter() - start
+    counts.seconds += time.perf_counter() - start
     return logits
 
 
@@ -302,13 +305,10 @@ def _check(name: str, logits: Tensor, batch: Batch, num_classes: int) -> None:
         raise EvaluationError(f"{name}: the network's answer to image {image} is not finite, so it cannot be counted")
 
 
-def _empty(num_classes: int) -> _Tally:
-    return _Tally(torch.zeros(num_classes, num_classes, dtype=torch.int64), torch.zeros(num_classes, dtype=torch.int64))
+def _empty(num_classes: int) -> _Counts:
+    top5 = torch.zeros(num_classes, dtype=torch.int64)
+    return _Counts(top5.new_zeros(num_classes, num_classes), top5)
 
 
 def _share(part: npt.NDArray[np.int64], of: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     return np.divide(part, of, out=np.full(part.shape, np.nan), where=of > 0)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

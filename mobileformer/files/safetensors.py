@@ -18,8 +18,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mobileformer.files.metadata import WeightsError
+from mobileformer.files.reading import open_regular
 
-__all__ = ["read_safetensors"]
+__all__ = ["read_safetensors", "stated_format"]
 
 MAX_HEADER = 16 << 20  # a length beyond this is no length; the names of 20,000 classes take half a million bytes
 ITEM = 4  # bytes of a float32
@@ -60,6 +61,21 @@ def read_safetensors(
         values = np.frombuffer(content, dtype="<f4", count=math.prod(shape), offset=begin).reshape(shape)
         arrays[name] = values.astype(np.float32, copy=False)
     return arrays, metadata
+
+
+def stated_format(path: str | os.PathLike[str]) -> str | None:
+    """The format that a file's text metadata names, or None: names none, is no safetensors, cannot be read.
+
+    For choosing who opens a file. That one then says what is wrong with it.
+    """
+    try:
+        with open_regular(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= MAX_HEADER else {}
+        found = header["__metadata__"]["format"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 class _Damage(Exception):
