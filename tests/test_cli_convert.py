@@ -127,7 +127,7 @@ def test_export_goes_by_the_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_weights_of_other_channels_are_adapted_for_fine_tuning(folder: Path) -> None:
-    from mobileformer.training.prepare import make_model
+    from mobileformer.tasks.classification import Classification
 
     class Colour:
         classes = ("a", "b")
@@ -135,7 +135,7 @@ def test_weights_of_other_channels_are_adapted_for_fine_tuning(folder: Path) -> 
 
     recipe = read_recipe("finetune", [])
     with pytest.warns(UserWarning, match=r"takes 1 channels, the data has 3: the first convolution is adapted"):
-        model, recipe = make_model(Colour(), recipe, folder / "grey.safetensors", use_fused=False)
+        task = Classification(Colour(), recipe, folder / "grey.safetensors", use_fused=False)
     grey = mobileformer.load_model(folder / "grey.safetensors")
-    torch.testing.assert_close(model.stem.conv.weight, grey.stem.conv.weight.expand(-1, 3, -1, -1) / 3)
-    assert (recipe.mean, recipe.std) == ([0.25] * 3, [0.5] * 3)
+    torch.testing.assert_close(task.model.stem.conv.weight, grey.stem.conv.weight.expand(-1, 3, -1, -1) / 3)
+    assert (task.recipe.mean, task.recipe.std) == ([0.25] * 3, [0.5] * 3)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mobileformer.training.curves import draw_curves
 from mobileformer.visualize import BlockAttention, draw_attention, fonts
 from mobileformer.visualize.confusion import draw_confusion
 from mobileformer.visualize.contact_sheet import Entry, draw_contact_sheet
+from mobileformer.visualize.curves import draw_curves
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,8 +186,8 @@ def test_curves(figures: list[Any], tmp_path: Path, epochs: int, broken: bool) -
         lines.append({"kind": "train", "epochs": epoch, "loss": loss, "learning_rate": 0.0 if broken else 0.1 / epoch})
         lines[-1] |= {"images_per_second": 123456.7, "update": epoch}
         lines.append({"kind": "validation", "epochs": epoch, "loss": loss, "top1": 100.0, "update": epoch})
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    draw_curves(lines, tmp_path / "curves.png", loss_unit="cross-entropy, nats", score="top1",
+                score_title="Top-1 accuracy", score_unit="%")  # fmt: skip
     check(figures[0])
 
 

@@ -19,13 +19,14 @@ from training_support import Blobs, tiny
 from mobileformer import Model, load_model, read_metadata, save_weights
 from mobileformer.data.image import ImageError
 from mobileformer.data.loading import Batch
+from mobileformer.tasks.classification import Classification, mixup_loss
 from mobileformer.training import Options, Recipe, TrainingError, World, join, train
 from mobileformer.training.average import Average, estimate_statistics
-from mobileformer.training.curves import draw_curves
 from mobileformer.training.log import read_log
 from mobileformer.training.memory import give_back_free_memory
 from mobileformer.training.state import Progress, load_state, save_state
-from mobileformer.training.step import Update, mixup_loss
+from mobileformer.training.step import Update
+from mobileformer.visualize.curves import draw_curves
 
 
 @pytest.fixture(autouse=True)
@@ -117,10 +118,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     run(tmp_path, tiny(epochs=1))
     good = load_state(tmp_path / "checkpoint.pt", tiny(epochs=1))
 
-    network = Model("26m", num_classes=3, in_chans=1)
-    before = {name: value.clone() for name, value in network.named_parameters()}
     recipe = tiny(micro_batch=4, global_batch=8)
-    update = Update(network, torch.optim.AdamW(network.parameters()), recipe, World(0, 1, torch.device("cpu")))
+    task = Classification(Blobs(), recipe, None)
+    network = task.model
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    update = Update(task, torch.optim.AdamW(network.parameters()), recipe, World(0, 1, torch.device("cpu")))
     x = torch.randn(4, 1, 32, 32)
     poisoned = x.clone()
     poisoned[2, 0, 3, 3] = math.nan
@@ -277,5 +279,6 @@ def test_curves_of_a_log_that_ends_early(tmp_path: Path) -> None:
         '{"kind": "train", "update": 1, "epochs": 0.5, "loss": 1.0, "learning_rate": 0.1, "images_per_second": 9}\n'
         '{"kind": "tra'
     )
-    draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    rows = read_log(tmp_path / "log.jsonl")
+    draw_curves(rows, tmp_path / "curves.png", loss_unit="nats", score="top1", score_title="Top-1", score_unit="%")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

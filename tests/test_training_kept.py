@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,11 +17,11 @@ from cli_support import run_json
 from data_support import picture
 from training_support import Blobs, tiny
 
-from mobileformer import Model, load_model
+from mobileformer import Model, WeightsError, load_model, read_metadata
 from mobileformer.evaluation.accuracy import ranks_of
 from mobileformer.training import Options, Recipe, RecipeError, TrainingError, join, read_recipe, train
 from mobileformer.training.lock import lock_folder
-from mobileformer.training.state import load_state, previous_of, weights_of_checkpoint
+from mobileformer.training.state import load_state, previous_of
 
 
 @pytest.fixture(autouse=True)
@@ -94,8 +95,10 @@ def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path: Path, content: Any)
     with pytest.raises(TrainingError, match=r"checkpoint\.pt: a checkpoint that cannot be read: .*--fresh") as told:
         run(tmp_path)
     assert len(str(told.value).splitlines()) == 1
-    with pytest.raises(TrainingError, match="cannot be read"):
-        weights_of_checkpoint(tmp_path / "checkpoint.pt")
+    for read in (load_model, read_metadata):
+        with pytest.raises(WeightsError, match=r"checkpoint\.pt: ") as told:
+            read(tmp_path / "checkpoint.pt")
+        assert len(str(told.value).splitlines()) == 1
 
 
 def test_what_would_run_code_is_not_advised(tmp_path: Path) -> None:
@@ -156,11 +159,13 @@ def test_a_checkpoint_that_does_not_know_its_data_still_serves(finished: Path, t
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
     for key in ("data", "description"):
         del content[key]
+    assert content["recipe"].pop("task") == "classification"
     torch.save(content, folder / "checkpoint.pt")
     assert run(folder)["updates"] == 4
     torch.save(content, folder / "old.pt")
-    metadata = weights_of_checkpoint(folder / "old.pt")[1]
+    metadata = read_metadata(folder / "old.pt")
     assert (metadata.variant, metadata.num_classes, metadata.in_chans, metadata.mean) == ("26m", 3, 1, (0.3,))
+    assert metadata.task == "classification"
 
 
 def test_a_finished_run_is_extended(finished: Path, tmp_path: Path) -> None:
@@ -198,12 +203,12 @@ def test_names_and_counts_are_checked_before_the_work(tmp_path: Path) -> None:
 
 
 def test_weights_come_out_of_a_checkpoint(finished: Path) -> None:
-    state, metadata = weights_of_checkpoint(finished / "checkpoint.pt")
-    model = Model(metadata.variant, num_classes=metadata.num_classes, in_chans=metadata.in_chans)
-    model.load_state_dict(state)
-    assert (metadata.labels, metadata.mean, metadata.input_size) == (Blobs.classes, (0.3,), 32)
-    with pytest.raises(TrainingError, match="holds no average"):
-        weights_of_checkpoint(finished / "checkpoint.pt", average=True)
+    state, saved = (load_model(finished / name).state_dict() for name in ("checkpoint.pt", "last.safetensors"))
+    assert all(torch.equal(state[key], value) for key, value in saved.items())
+    assert read_metadata(finished / "checkpoint.pt") == read_metadata(finished / "last.safetensors")
+    assert read_metadata(finished / "checkpoint.pt").labels == Blobs.classes
+    with pytest.raises(WeightsError, match="holds no average weights"):
+        load_model(finished / "checkpoint.pt", average=True)
 
 
 def test_weights_come_out_before_the_first_evaluation(tmp_path: Path) -> None:
@@ -217,10 +222,11 @@ def test_weights_come_out_before_the_first_evaluation(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, recipe, Stops(16), save_minutes=0)
     assert not (tmp_path / "last.safetensors").exists()
-    state, metadata = weights_of_checkpoint(tmp_path / "checkpoint.pt")
-    assert (len(state["head.classifier.bias"]), metadata.labels) == (3, Blobs.classes)
-    with pytest.raises(TrainingError, match="its average was not evaluated yet"):
-        weights_of_checkpoint(tmp_path / "checkpoint.pt", average=True)
+    with pytest.warns(UserWarning, match="the raw ones are taken, since the average has no BatchNorm statistics"):
+        model = load_model(tmp_path / "checkpoint.pt")
+    assert (model.num_classes, read_metadata(tmp_path / "checkpoint.pt").labels) == (3, Blobs.classes)
+    with pytest.raises(WeightsError, match="has no BatchNorm statistics of its own yet"):
+        load_model(tmp_path / "checkpoint.pt", average=True)
 
 
 # Accuracy
@@ -272,8 +278,8 @@ def test_numbers_out_of_range_are_told_in_one_line(tmp_path: Path, key: str, val
 
 
 def test_every_number_of_a_recipe_has_a_range() -> None:
-    for key, value in vars(type("R", (), {name: getattr(Recipe(), name) for name in Recipe.__slots__})).items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and not key.startswith("_"):
+    for key, value in dataclasses.asdict(Recipe()).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
             for wrong in (-1e30, 10**400, -(10**400)):
                 with pytest.raises(RecipeError, match=key):
                     read_recipe("294m", {key: wrong if isinstance(value, float) else int(wrong)})

@@ -23,6 +23,8 @@ from mobileformer.cli.output import (
 
 __all__ = ["train"]
 
+_JSON_ONLY = ("updates", "broken_images", "training", "processes", "machine")  # of a result; the table has the rest
+
 
 def _number(value: float) -> float:
     if value != value:  # NaN, which no bound excludes
@@ -86,8 +88,8 @@ def train(
         if as_json:
             print_json({"output": str(output), **result})
         else:
-            shown = ("variant", "top1", "top5", "loss", "best_top1", "best_epoch", "epochs", "seconds", "validation")
-            rows = [(key, f"{result[key]:.4g}" if isinstance(result[key], float) else result[key]) for key in shown]
+            shown = {key: value for key, value in result.items() if key not in _JSON_ONLY}
+            rows = [(key, f"{value:.4g}" if isinstance(value, float) else value) for key, value in shown.items()]
             print_table(str(output), ("what", "is"), rows)
 
 
@@ -99,6 +101,7 @@ def _train(
     """The result, or None in any process but the first."""
     import torch
 
+    from mobileformer import tasks
     from mobileformer.data import open_source
     from mobileformer.training import Interrupted, Options, TrainingError, join, read_recipe, train
 
@@ -114,7 +117,7 @@ def _train(
             max_broken=max_broken, fresh=fresh, extend=extend,
         )  # fmt: skip
         with join(device) as world:
-            result = train(training, validation, recipe, options, world)
+            result = train(training, validation, recipe, options, world, tasks.of(recipe.task))
             return result if world.leads else None
     except Interrupted as stopped:
         if os.environ.get("RANK", "0") == "0":

@@ -1,4 +1,4 @@
-"""What every data set of images is to the trainer: a length, and pairs of image and class by index."""
+"""What every data set of images is to the trainer: a length, and samples, pairs of image and target, by index."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ class DataError(ValueError):
 
 
 class Source(Protocol):
-    """Images with classes, by index.
+    """Images and what is known of each, by index.
 
     | name | what |
     |---|---|
     | classes | the names of the classes; a label is a position in it |
     | channels | of every image: 1 (mode "L") or 3 (mode "RGB") |
-    | source[index] | (image, label); raises `ImageError`, which names the file, where an image is broken |
+    | source[index] | (image, label), or for another task than classification (image, whatever its transform takes as |
+    | | target); raises `ImageError`, which names the file, where an image is broken |
     """
 
     @property
@@ -36,7 +37,7 @@ class Source(Protocol):
     @property
     def channels(self) -> int: ...
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, int]: ...
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, Any]: ...
 
 
 class ArraySource:

@@ -8,18 +8,19 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mobileformer.data.image import ImageError
-from mobileformer.data.transforms import Transform
+from mobileformer.data.transforms import ImageTransform
 
-__all__ = ["Batch", "assemble", "in_processes"]
+__all__ = ["Batch", "LabelledImages", "Transform", "assemble", "in_processes", "over_samples"]
 
 
 @dataclass
@@ -29,42 +30,86 @@ class Batch:
     | name | shape | dtype, unit |
     |---|---|---|
     | x | (B, C, H, W) | float32, normalised |
-    | y | (B) | int64, classes |
+    | y | (B) | int64, classes; for another task than classification what its `Transform.collate` gives |
     | index | (B) | int64, positions in the source |
     | broken | | messages, each of which names its image |
     """
 
     x: Tensor
-    y: Tensor
+    y: Any
     index: Tensor
     broken: tuple[str, ...] = ()
 
 
+class Transform(Protocol):
+    """What becomes of a sample, (image, target), and how several become a batch.
+
+    | name | what |
+    |---|---|
+    | channels | that an image of the source has to have |
+    | transform(sample, generator) | a sample again, in the form that `collate` takes; the target moves with the image |
+    | transform.collate(samples, most) | (x, y) of a `Batch`; samples come one by one, `most` or fewer, perhaps none |
+
+    All that is random comes from the generator, so that a sample's augmentation depends on nothing else.
+    """
+
+    @property
+    def channels(self) -> int: ...
+    def __call__(self, sample: tuple[Image.Image, Any], rng: np.random.Generator, /) -> Any: ...
+    def collate(self, samples: Iterable[Any], most: int, /) -> tuple[Tensor, Any]: ...
+
+
+class LabelledImages:
+    """The `Transform` of images with classes: an `ImageTransform` for the image, the class as it is.
+
+    `collate` writes each image where it stays: into x (B, C, size, size) float32, beside y (B) int64.
+    """
+
+    def __init__(self, image: ImageTransform) -> None:
+        self.image = image
+        self.channels = image.shape[0]
+
+    def __call__(
+        self, sample: tuple[Image.Image, int], rng: np.random.Generator
+    ) -> tuple[npt.NDArray[np.float32], int]:
+        image, label = sample
+        return self.image(image, rng), label
+
+    def collate(self, samples: Iterable[tuple[npt.NDArray[np.float32], int]], most: int) -> tuple[Tensor, Tensor]:
+        x = np.empty((most, *self.image.shape), np.float32)
+        labels: list[int] = []
+        for pixels, label in samples:
+            x[len(labels)] = pixels
+            labels.append(label)
+        return torch.from_numpy(x[: len(labels)]), torch.tensor(labels, dtype=torch.int64)
+
+
+def over_samples(transform: Transform | ImageTransform) -> Transform:
+    """The transform; one of images alone becomes that of images with classes."""
+    return transform if hasattr(transform, "collate") else LabelledImages(transform)  # type: ignore[return-value, arg-type]
+
+
 def assemble(
-    indices: list[int], read: Callable[[int], tuple[Image.Image, int]], transform: Transform, key: tuple[int, int]
+    indices: list[int], read: Callable[[int], tuple[Image.Image, Any]], transform: Transform, key: tuple[int, int]
 ) -> Batch:
     """The batch of these samples. The generator for each is numpy.random.default_rng((*key, index))."""
-    x = np.empty((len(indices), *transform.shape), np.float32)
-    labels: list[int] = []
     good: list[int] = []
     broken: list[str] = []
     entropy = np.array([*key, 0], np.uint32)  # the same generators as from a tuple, in less time
-    for index in indices:
-        try:
-            image, label = read(index)
-        except ImageError as error:
-            broken.append(str(error))
-            continue
-        entropy[2] = index
-        x[len(good)] = transform(image, np.random.default_rng(entropy))
-        labels.append(label)
-        good.append(index)
-    return Batch(
-        torch.from_numpy(x[: len(good)]),
-        torch.tensor(labels, dtype=torch.int64),
-        torch.tensor(good, dtype=torch.int64),
-        tuple(broken),
-    )
+
+    def samples() -> Iterator[Any]:
+        for index in indices:
+            try:
+                sample = read(index)
+            except ImageError as error:
+                broken.append(str(error))
+                continue
+            entropy[2] = index
+            good.append(index)
+            yield transform(sample, np.random.default_rng(entropy))
+
+    x, y = transform.collate(samples(), len(indices))
+    return Batch(x, y, torch.tensor(good, dtype=torch.int64), tuple(broken))
 
 
 def in_processes(dataset: Dataset[Batch], sampler: Iterable[Any] | None, workers: int) -> Iterator[Batch]:

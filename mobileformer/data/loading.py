@@ -21,10 +21,10 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from mobileformer.data.base import DataError, Source
-from mobileformer.data.batch import Batch, assemble, in_processes
+from mobileformer.data.batch import Batch, Transform, assemble, in_processes, over_samples
 from mobileformer.data.shards import ShardSource
 from mobileformer.data.streaming import EvaluationStream, TrainingStream
-from mobileformer.data.transforms import Transform
+from mobileformer.data.transforms import ImageTransform
 
 __all__ = ["Batch", "evaluation_batches", "steps_per_epoch", "training_batches"]
 
@@ -43,7 +43,7 @@ def steps_per_epoch(source: Source | ShardSource, *, batch_size: int, slots: int
 
 def training_batches(
     source: Source | ShardSource,
-    transform: Transform,
+    transform: ImageTransform | Transform,
     *,
     batch_size: int,
     slots: int,
@@ -58,7 +58,8 @@ def training_batches(
 
     Args:
         source: the training images.
-        transform: usually a `TrainTransform`.
+        transform: usually a `TrainTransform`; for targets that are no classes, a `Transform` of whole samples
+            (mobileformer.data.batch).
         batch_size: samples of one batch.
         slots: batches of one step over all processes, a multiple of `world`.
         epoch, seed: 0 to 2^32 - 1. They and the sample's index decide everything that is random.
@@ -72,6 +73,7 @@ def training_batches(
         DataError: fewer samples than one step takes.
         Whatever but `ImageError` the source raises.
     """
+    transform = over_samples(transform)
     _check(source, transform, batch_size=batch_size, rank=rank, world=world, workers=workers)
     if slots < 1 or slots % world:
         raise ValueError(f"slots: expected a multiple of the {world} processes, got {slots}")
@@ -95,7 +97,7 @@ def training_batches(
 
 def evaluation_batches(
     source: Source | ShardSource,
-    transform: Transform,
+    transform: ImageTransform | Transform,
     *,
     batch_size: int,
     rank: int = 0,
@@ -110,6 +112,7 @@ def evaluation_batches(
         ValueError: a number is out of range, by name, or the transform is for another number of channels.
         Whatever but `ImageError` the source raises.
     """
+    transform = over_samples(transform)
     _check(source, transform, batch_size=batch_size, rank=rank, world=world, workers=workers)
     if isinstance(source, ShardSource):
         stream = EvaluationStream(source, transform, batch_size=batch_size, rank=rank, world=world)
@@ -137,8 +140,8 @@ def _indexed(dataset: _Indexed, parts: list[npt.NDArray[np.int64]], workers: int
 def _check(
     source: Source | ShardSource, transform: Transform, *, batch_size: int, rank: int, world: int, workers: int
 ) -> None:
-    if transform.shape[0] != source.channels:
-        raise ValueError(f"transform: its result has {transform.shape[0]} channels, the images have {source.channels}")
+    if transform.channels != source.channels:
+        raise ValueError(f"transform: its result has {transform.channels} channels, the images have {source.channels}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if not 0 <= rank < world:

@@ -16,9 +16,8 @@ from itertools import islice
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mobileformer.data.batch import Batch, assemble
+from mobileformer.data.batch import Batch, Transform, assemble
 from mobileformer.data.shards import Encoded, ShardSource
-from mobileformer.data.transforms import Transform
 
 __all__ = ["EvaluationStream", "TrainingStream"]
 

@@ -17,7 +17,7 @@ from mobileformer.data.base import MODES
 from mobileformer.data.image import CROP_FRACTION, preprocess
 from mobileformer.data.randaugment import RandAugment
 
-__all__ = ["EvaluationTransform", "TrainTransform", "Transform"]
+__all__ = ["EvaluationTransform", "ImageTransform", "TrainTransform"]
 
 Crop = Literal["random-resized", "shift"]
 Interpolation = Literal["bilinear", "bicubic", "random"]
@@ -29,7 +29,7 @@ ATTEMPTS = 10  # to draw a box that fits, of crops and of erasing
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
-class Transform(Protocol):
+class ImageTransform(Protocol):
     """(image, generator) -> float32 of `shape`, which is (C, size, size)."""
 
     @property

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, VARIANTS
 
-__all__ = ["Metadata", "Network", "WeightsError", "check", "decode", "describe", "encode"]
+__all__ = ["DEFAULT_TASK", "Metadata", "Network", "WeightsError", "check", "check_task", "decode", "describe", "encode"]
 
+# Of what does not say its task: files, recipes and checkpoints from before there were others.
+DEFAULT_TASK = "classification"
 # Beyond these a number is no size but damage: whoever believed it would ask for memory that no machine has.
 _LARGEST = {"num_classes": 1 << 24, "in_chans": 1 << 12, "input_size": 1 << 13}
 _LARGEST_RESIZED = 1 << 15  # pixels of the short side before the crop
@@ -30,6 +32,7 @@ class Metadata:
     labels: one name a class. mean, std: one number a channel, of what the input is normalised with (pixels in
     [0, 1]). input_size, crop_fraction: how an image becomes the input that the weights were trained for: short side
     to input_size / crop_fraction pixels, then the square of input_size pixels in the middle. None: not told.
+    task: what the network answers, one of the tasks that can be trained for.
     """
 
     variant: str
@@ -41,6 +44,7 @@ class Metadata:
     std: tuple[float, ...] | None = None
     input_size: int | None = None
     crop_fraction: float | None = None
+    task: str = DEFAULT_TASK
 
 
 class Network(Protocol):
@@ -64,6 +68,7 @@ def describe(
     std: Sequence[float] | None = None,
     input_size: int | None = None,
     crop_fraction: float | None = None,
+    task: str = DEFAULT_TASK,
 ) -> Metadata:
     """What a file made from `network` will say: for 3 channels ImageNet's mean and std where none are given.
 
@@ -83,6 +88,7 @@ def describe(
         std=None if std is None else tuple(map(float, std)),
         input_size=None if input_size is None else operator.index(input_size),
         crop_fraction=None if crop_fraction is None else float(crop_fraction),
+        task=task,
     )
     check(metadata)
     return metadata
@@ -106,13 +112,18 @@ def encode(metadata: Metadata, *, form: str, version: int) -> dict[str, str]:
         value = getattr(metadata, key)
         if value is not None:
             header[key] = json.dumps(value)
+    if metadata.task != DEFAULT_TASK:  # a file of classification reads as files always have
+        header["task"] = metadata.task
     return header
 
 
-def decode(header: Mapping[str, str], name: str, *, form: str, version: int) -> Metadata | None:
+def decode(
+    header: Mapping[str, str], name: str, *, form: str, version: int, task: str = DEFAULT_TASK
+) -> Metadata | None:
     """The reverse of `encode`, or None for a file of another format; `name` is how errors call the file.
 
-    Raises WeightsError for metadata that is damaged, of a later version or of an unknown variant.
+    task: the one that the file has to be of. Raises WeightsError for metadata that is damaged, of a later version, of
+    another task or of an unknown variant.
     """
     if header.get("format") != form:
         return None
@@ -120,6 +131,7 @@ def decode(header: Mapping[str, str], name: str, *, form: str, version: int) -> 
         found = int(header["format_version"])
         if found > version:
             raise WeightsError(f"{name}: format version {found}, this package reads up to {version}; update it")
+        check_task(header.get("task", DEFAULT_TASK), name, task)
         spatial = json.loads(header["spatial_dynamic_relu"])
         if not isinstance(spatial, bool):
             raise TypeError(f"spatial_dynamic_relu: expected true or false, got {spatial!r}")
@@ -133,6 +145,7 @@ def decode(header: Mapping[str, str], name: str, *, form: str, version: int) -> 
             std=_list(header, "std", float),
             input_size=int(header["input_size"]) if "input_size" in header else None,
             crop_fraction=float(header["crop_fraction"]) if "crop_fraction" in header else None,
+            task=task,
         )
         if metadata.variant not in VARIANTS:
             raise WeightsError(f"{name}: holds the unknown variant {metadata.variant!r:.60}")
@@ -142,6 +155,12 @@ def decode(header: Mapping[str, str], name: str, *, form: str, version: int) -> 
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise WeightsError(f"{name}: its metadata is damaged ({_short(error)})") from error
     return metadata
+
+
+def check_task(found: Any, name: str, task: str = DEFAULT_TASK) -> None:
+    """Raise WeightsError where what was found in the file called `name` is for another task than `task`."""
+    if found != task:
+        raise WeightsError(f"{name}: holds weights for the task {found!r:.60}, expected {task!r}")
 
 
 def _list(header: Mapping[str, str], key: str, kind: type) -> tuple[Any, ...] | None:

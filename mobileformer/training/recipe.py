@@ -1,4 +1,7 @@
-"""Recipes: every number a training run is made of, in one flat table. The shipped ones are TOML files beside this."""
+"""Recipes: every number a training run is made of, in one flat table. The shipped ones are TOML files beside this.
+
+Here are the keys of every task; those of one task alone stand with it, in its own kind of recipe.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,39 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from mobileformer.config import MIN_SIZE, VARIANTS
+from mobileformer.files.metadata import DEFAULT_TASK
 from mobileformer.files.reading import read_regular
 from mobileformer.files.replacing import replacing
+from mobileformer.training.lookup import named
 
-__all__ = ["Recipe", "RecipeError", "read_recipe", "recipe_names", "write_recipe"]
+__all__ = ["MAX_SIZE", "Recipe", "RecipeError", "check_rising", "read_recipe", "recipe_names", "write_recipe"]
 
 
 class RecipeError(ValueError):
     """A recipe, or a value of one, that cannot be used; the message names the key."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Bounds that no run comes near, but numbers that are not meant: sizes and counts that would take all memory, rates
+# that no float32 holds.
+MAX_SIZE = 4096
+_RATE, _COUNT = 1e38, 2**20
+_LARGEST = 2**20  # bytes of a recipe
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a run does, but for the data and where its files go.
+    """What a run does, but for the data and where its files go: the keys that every task has.
+
+    `Recipe(task=..., ...)` is the kind of recipe that the task has, with its own keys besides these: for classification
+    a `mobileformer.tasks.classification.ClassificationRecipe`.
 
     ======================  ===================================================================================
     key                     meaning
     ======================  ===================================================================================
+    task                    what the network is to answer, see `mobileformer.tasks`
     variant                 the network; with initial weights, "" takes theirs
     epochs                  passes over the data on the cosine, the warm-up counted in
     warmup_epochs           the first of them rise from `warmup_learning_rate`
@@ -39,30 +55,24 @@ class Recipe:
     micro_batch             images of one forward pass in one process, and so of one BatchNorm
     learning_rate ..        AdamW; the decay skips tensors of one dimension and names that end in ".bias"
     clip_norm               the gradient's largest 2-norm; 0 is no clipping
-    label_smoothing, mixup  epsilon; alpha of the Beta distribution, 0 is off
-    dropout, drop_path      before the last layer; stochastic depth
+    drop_path               stochastic depth
     average_decay           exponential average of the parameters, 0 is off; BatchNorm's statistics are then
                             estimated again on `average_images` training images
     sizes                   [[share of the epochs done, side in pixels], ..]: the side from there on
-    crop                    "random-resized" (`crop_scale`, `crop_ratio`) or "shift" (by `shift` pixels, zeros)
     flip                    probability of a left-right flip
     interpolation           of the resize: "bilinear", "bicubic" or "random"
-    randaugment             "" or a policy such as "m9-mstd0.5"
-    erase, erase_mode       probability of one erased box; filled by "pixel" noise or a "constant" zero
     mean, std               one number a channel, of pixels in [0, 1]; [] is ImageNet's for 3 channels, and for
                             other counts is measured on the training images
     evaluation_size         side in pixels; 0 is the one trained at: a network is poor at another size
-    crop_fraction           the centre crop's share of the resized short side
     evaluate_every          epochs between two looks at the validation split; the last is always looked at
-    freeze                  "" or "features": only the classifier is trained, BatchNorm elsewhere stays as it is
+    freeze                  "" or "features": only what the task puts on them is trained, BatchNorm elsewhere stays
     precision               "float32", or "bfloat16" under autocast
     compile                 torch.compile
     seed                    of everything that is random
     ======================  ===================================================================================
-
-    Source of the seven published ones: the authors' README and timm 0.3.4's defaults.
     """
 
+    task: str = DEFAULT_TASK
     variant: str = "294m"
     epochs: int = 450
     warmup_epochs: int = 3
@@ -78,41 +88,67 @@ class Recipe:
     beta2: float = 0.999
     epsilon: float = 1e-8
     clip_norm: float = 0.0
-    label_smoothing: float = 0.1
-    mixup: float = 0.0
-    dropout: float = 0.0
     drop_path: float = 0.0
     average_decay: float = 0.0
     average_images: int = 4096
     sizes: list[list[float]] = field(default_factory=lambda: [[0.0, 224]])
-    crop: Literal["random-resized", "shift"] = "random-resized"
-    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
-    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
-    shift: int = 0
     flip: float = 0.5
     interpolation: Literal["bilinear", "bicubic", "random"] = "random"
-    randaugment: str = ""
-    erase: float = 0.0
-    erase_mode: Literal["pixel", "constant"] = "pixel"
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
     evaluation_size: int = 0
-    crop_fraction: float = 0.875
     evaluate_every: int = 1
     freeze: Literal["", "features"] = ""
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     seed: int = 42
 
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "epochs": (1, _COUNT),
+        "warmup_epochs": (0, _COUNT),
+        "cooldown_epochs": (0, _COUNT),
+        "global_batch": (1, _COUNT),
+        "micro_batch": (1, _COUNT),
+        "learning_rate": (0, _RATE),
+        "warmup_learning_rate": (0, _RATE),
+        "minimum_learning_rate": (0, _RATE),
+        "weight_decay": (0, _RATE),
+        "beta1": (0, 1 - 1e-9),
+        "beta2": (0, 1 - 1e-9),
+        "epsilon": (1e-30, 1),
+        "clip_norm": (0, _RATE),
+        "drop_path": (0, 1 - 1e-9),
+        "average_decay": (0, 1 - 1e-9),
+        "average_images": (1, 2**31),
+        "flip": (0, 1),
+        "mean": (-1000, 1000),
+        "std": (1e-6, 1000),
+        "evaluation_size": (0, MAX_SIZE),
+        "evaluate_every": (1, _COUNT),
+        "seed": (0, 2**32 - 1),
+    }
+
+    def __new__(cls, **keys: Any) -> Self:
+        kind: Any = _kind(keys.get("task", DEFAULT_TASK)) if cls is Recipe else cls
+        return object.__new__(kind)
+
     def __post_init__(self) -> None:
-        for key, kind in get_type_hints(Recipe).items():
-            value = _converted(key, kind, getattr(self, key))
+        kinds = get_type_hints(type(self))
+        for each in dataclasses.fields(self):
+            key = each.name
+            value = _converted(key, kinds[key], getattr(self, key))
             object.__setattr__(self, key, value)
-            if key in _RANGES:
-                low, high = _RANGES[key]
+            if key == "task" and value != each.default:
+                raise RecipeError(f"task: expected {each.default!r} in a {type(self).__name__}, got {_shown(value)}")
+            if key in self.ranges:
+                low, high = self.ranges[key]
                 numbers = value if isinstance(value, list) else [value]
                 if not all(low <= number <= high for number in numbers):
                     raise RecipeError(f"{key}: expected {low:g} to {high:g}, got {_shown(value)}")
+        self.check()
+
+    def check(self) -> None:
+        """Raise RecipeError for values that do not go together; each by itself is of its type and in its range."""
         if self.variant and self.variant not in VARIANTS:
             raise RecipeError(f"variant: expected one of {', '.join(VARIANTS)}, got {_shown(self.variant)}")
         if self.warmup_epochs > self.epochs:
@@ -121,10 +157,6 @@ class Recipe:
             raise RecipeError(
                 f"global_batch: expected a multiple of micro_batch = {self.micro_batch}, got {self.global_batch}"
             )
-        for key in ("crop_scale", "crop_ratio"):
-            pair = getattr(self, key)
-            if len(pair) != 2 or pair[0] > pair[1]:
-                raise RecipeError(f"{key}: expected two rising numbers, got {_shown(pair)}")
         if len(self.mean) != len(self.std):
             raise RecipeError(
                 f"mean, std: expected as many of one as of the other, got {len(self.mean)} and {len(self.std)}"
@@ -164,45 +196,6 @@ class Recipe:
         return int([side for start, side in self.sizes if epoch >= start * self.total_epochs][-1])
 
 
-# Bounds that no run comes near, but numbers that are not meant: sizes and counts that would take all memory, rates
-# that no float32 holds.
-MAX_SIZE = 4096
-_RATE, _COUNT = 1e38, 2**20
-_LARGEST = 2**20  # bytes of a recipe
-_RANGES = {
-    "epochs": (1, _COUNT),
-    "warmup_epochs": (0, _COUNT),
-    "cooldown_epochs": (0, _COUNT),
-    "global_batch": (1, _COUNT),
-    "micro_batch": (1, _COUNT),
-    "learning_rate": (0, _RATE),
-    "warmup_learning_rate": (0, _RATE),
-    "minimum_learning_rate": (0, _RATE),
-    "weight_decay": (0, _RATE),
-    "beta1": (0, 1 - 1e-9),
-    "beta2": (0, 1 - 1e-9),
-    "epsilon": (1e-30, 1),
-    "clip_norm": (0, _RATE),
-    "label_smoothing": (0, 1),
-    "mixup": (0, 1000),
-    "dropout": (0, 1 - 1e-9),
-    "drop_path": (0, 1 - 1e-9),
-    "average_decay": (0, 1 - 1e-9),
-    "average_images": (1, 2**31),
-    "crop_scale": (1e-4, 1),
-    "crop_ratio": (1e-2, 1e2),
-    "shift": (0, MAX_SIZE),
-    "flip": (0, 1),
-    "erase": (0, 1),
-    "mean": (-1000, 1000),
-    "std": (1e-6, 1000),
-    "evaluation_size": (0, MAX_SIZE),
-    "crop_fraction": (0.01, 1),
-    "evaluate_every": (1, _COUNT),
-    "seed": (0, 2**32 - 1),
-}
-
-
 def recipe_names() -> tuple[str, ...]:
     """Names of the shipped recipes."""
     return tuple(sorted(entry.name[:-5] for entry in _shelf().iterdir() if entry.name.endswith(".toml")))
@@ -219,12 +212,13 @@ def read_recipe(name_or_path: str | os.PathLike[str], overrides: Iterable[str] |
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # besides TOML's own, int's for 5000 digits
         raise RecipeError(f"{name_or_path}: not a TOML file: {_one_line(error)}") from error
-    given = dict(overrides) if isinstance(overrides, Mapping) else dict(map(_parsed, overrides))
-    known = [each.name for each in dataclasses.fields(Recipe)]
-    for key in (*values, *given):
+    values |= dict(overrides) if isinstance(overrides, Mapping) else dict(map(_parsed, overrides))
+    kind = _kind(values.get("task", DEFAULT_TASK))
+    known = [each.name for each in dataclasses.fields(kind)]
+    for key in values:
         if key not in known:
             raise RecipeError(f"{key}: no such key in a recipe; there are {', '.join(known)}")
-    return Recipe(**{**values, **given})
+    return kind(**values)
 
 
 def write_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
@@ -234,6 +228,22 @@ def write_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
             "".join(f"{key} = {json.dumps(value)}\n" for key, value in dataclasses.asdict(recipe).items()),
             encoding="utf-8",
         )
+
+
+def check_rising(key: str, pair: list[float]) -> None:
+    """Raise RecipeError unless these are two numbers, the first of them no larger."""
+    if len(pair) != 2 or pair[0] > pair[1]:
+        raise RecipeError(f"{key}: expected two rising numbers, got {_shown(pair)}")
+
+
+def _kind(task: Any) -> type[Recipe]:
+    """The kind of recipe that a task has."""
+    try:
+        return named(_converted("task", str, task)).recipe_type
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def _shelf() -> Any:

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD
-from mobileformer.files.metadata import Metadata
+from mobileformer.files.metadata import DEFAULT_TASK
 from mobileformer.files.reading import NotRegularError, open_regular
 from mobileformer.files.replacing import replacing
 from mobileformer.training.recipe import Recipe
@@ -27,7 +25,6 @@ __all__ = [
     "load_state",
     "previous_of",
     "save_state",
-    "weights_of_checkpoint",
 ]
 
 FORMAT_VERSION = 1
@@ -124,7 +121,7 @@ def load_state(
         except _DamagedError as second:
             more = f"; {second}" if previous_of(path).exists() else ""
             raise TrainingError(f"{damaged}{more}; --fresh begins again, or give another output folder") from error
-    saved, now = content["recipe"], dataclasses.asdict(recipe)
+    saved, now = {"task": DEFAULT_TASK, **content["recipe"]}, dataclasses.asdict(recipe)
     longer = ("epochs", "cooldown_epochs") if extend else ()
     differing = [
         f"{key} {saved.get(key)!r} -> {now[key]!r}" for key in now if saved.get(key) != now[key] and key not in longer
@@ -152,36 +149,6 @@ def load_state(
 def describe_data(training: Any, validation: Any) -> dict[str, Any]:
     """What identifies the images of a run: kind, classes, count, and for sources of ours a digest of their names."""
     return {"training": _describe(training), "validation": _describe(validation)}
-
-
-def weights_of_checkpoint(path: str | os.PathLike[str], *, average: bool = False) -> tuple[dict[str, Tensor], Metadata]:
-    """The network in a run's checkpoint.pt, under our names, and what it is: what `save_weights` would have written.
-
-    average: the exponential average of the parameters in place of the parameters, with the statistics of BatchNorm
-    that were last estimated for it. Nothing in the file is run.
-
-    Raises TrainingError: the file is none of a run, or damaged; it holds no average, or one that was not evaluated
-    yet, so that there are no statistics for it.
-    """
-    path = Path(path)
-    try:
-        content = _read(path)
-    except _DamagedError as error:
-        raise TrainingError(str(error)) from error
-    state = content["model"]
-    if average:
-        if content["average"] is None:
-            raise TrainingError(f"{path}: holds no average, the recipe's average_decay is 0")
-        if not content["progress"].validation:
-            raise TrainingError(f"{path}: its average was not evaluated yet, BatchNorm has no statistics for it")
-        state = content["average"]
-    try:
-        described = content.get("description") or _guessed(content["recipe"], state)
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in described.items()}
-        metadata = Metadata(**values)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise TrainingError(f"{path}: does not say what network it holds ({type(error).__name__})") from error
-    return state, metadata
 
 
 class _DamagedError(Exception):
@@ -246,18 +213,3 @@ def _other_data(saved: Any, now: dict[str, Any]) -> str:
                 return f"the order of the classes in {split}"
             return f"names or order of the images in {split}" if key == "digest" else f"{split} {key} {was} -> {value}"
     return ""
-
-
-def _guessed(recipe: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
-    """The description of a checkpoint from before there was one."""
-    in_chans = state["stem.conv.weight"].shape[1]
-    imagenet = in_chans == len(IMAGENET_MEAN)
-    return {
-        "variant": recipe["variant"],
-        "num_classes": state["head.classifier.weight"].shape[0],
-        "in_chans": in_chans,
-        "mean": recipe["mean"] or (IMAGENET_MEAN if imagenet else None),
-        "std": recipe["std"] or (IMAGENET_STD if imagenet else None),
-        "input_size": recipe["evaluation_size"] or int(recipe["sizes"][-1][1]),
-        "crop_fraction": recipe["crop_fraction"],
-    }

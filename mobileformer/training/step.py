@@ -5,51 +5,42 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mobileformer.data.loading import Batch
 from mobileformer.training.recipe import Recipe
 from mobileformer.training.state import TrainingError
+from mobileformer.training.task import Task
 from mobileformer.training.world import World
 
-__all__ = ["Outcome", "Update", "mixup_loss"]
-
-
-def mixup_loss(logits: Tensor, y: Tensor, share: float, smoothing: float) -> Tensor:
-    """Mean cross-entropy (nats) where image i is share * image i + (1 - share) * image B - 1 - i.
-
-    logits (B,K), y (B,) int64. Linear in the target, so mixing the losses is mixing the targets.
-    """
-    loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
-    if share == 1.0:
-        return loss
-    return share * loss + (1 - share) * F.cross_entropy(logits, y.flip(0), label_smoothing=smoothing)
+__all__ = ["Outcome", "Update"]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one update, over all processes. stop: somebody was asked to."""
+    """Of one update, over all processes. stop: somebody was asked to. parts: of the loss, where those have names."""
 
     loss: float
     images: int
     broken: int
     gradient_norm: float
     stop: bool
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 class Update:
-    """Holds what every update needs. `model` is the network itself; with several processes it is wrapped here."""
+    """Holds what every update needs. With several processes the task's network is wrapped here."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, world: World) -> None:
-        self.network = model
+    def __init__(self, task: Task, optimizer: torch.optim.Optimizer, recipe: Recipe, world: World) -> None:
+        model = task.model
+        self.task = task
         self.optimizer = optimizer
         self.recipe = recipe
         self.world = world
@@ -69,19 +60,22 @@ class Update:
         then still those of the update before.
         """
         loss_sum, images, bad = 0.0, 0, None
+        part_sums: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for turn, batch in enumerate(batches):
             last = turn == len(batches) - 1
             with contextlib.nullcontext() if last else self._apart():
-                loss = self._forward(batch, update, turn * self.world.size + self.world.rank)
+                loss, parts = self._loss(batch, update, turn * self.world.size + self.world.rank)
                 (loss / len(batches)).backward()
             value = float(loss.detach())
             if not math.isfinite(value) and bad is None:
                 bad = batch
-            loss_sum += value * len(batch.y)
-            images += len(batch.y)
+            loss_sum += value * len(batch.index)
+            images += len(batch.index)
+            for name, part in parts.items():
+                part_sums[name] = part_sums.get(name, 0.0) + float(part.detach()) * len(batch.index)
         broken = sum(len(batch.broken) for batch in batches)
-        total, count, all_broken, stops = self.world.sum(loss_sum, images, broken, stop)
+        total, count, all_broken, stops, *sums = self.world.sum(loss_sum, images, broken, stop, *part_sums.values())
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm or math.inf))
         if not math.isfinite(total) or not math.isfinite(norm):
             what = f"the loss is {total / count}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
@@ -90,7 +84,8 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return Outcome(total / count, int(count), int(all_broken), norm, stops > 0)
+        means = {name: part / count for name, part in zip(part_sums, sums, strict=True)}
+        return Outcome(total / count, int(count), int(all_broken), norm, stops > 0, means)
 
     def _apart(self) -> contextlib.AbstractContextManager[None]:
         """Gradients stay in this process: they travel once an update, with its last micro-batch."""
@@ -98,21 +93,23 @@ class Update:
             return self.runner.no_sync()
         return contextlib.nullcontext()
 
-    def _forward(self, batch: Batch, update: int, slot: int) -> Tensor:
-        """The loss of one micro-batch. All it draws comes from (seed, update, slot), whichever process has the slot."""
-        if len(batch.y) < 2:
+    def _loss(self, batch: Batch, update: int, slot: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of one micro-batch, and its parts if they have names.
+
+        All that is drawn comes from (seed, update, slot), whichever process has the slot.
+        """
+        if len(batch.index) < 2:
             raise TrainingError(
-                f"update {update}: a batch with {len(batch.y)} image(s) that can be read, BatchNorm needs 2; broken: "
-                + "; ".join(batch.broken[:5])
+                f"update {update}: a batch with {len(batch.index)} image(s) that can be read, BatchNorm needs 2; "
+                "broken: " + "; ".join(batch.broken[:5])
             )
-        recipe, device = self.recipe, self.world.device
-        rng = np.random.default_rng((recipe.seed, update, slot))
+        rng = np.random.default_rng((self.recipe.seed, update, slot))
         torch.manual_seed(int(rng.integers(2**62)))  # dropout and stochastic depth
-        x, y = batch.x.to(device, non_blocking=True), batch.y.to(device, non_blocking=True)
-        share = 1.0
-        if recipe.mixup > 0:
-            share = float(rng.beta(recipe.mixup, recipe.mixup))
-            x = torch.lerp(x.flip(0), x, share)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            logits = self.runner(x)
-        return mixup_loss(logits.float(), y, share, recipe.label_smoothing)
+        loss = self.task.loss(self._forward, batch, rng, self.world.device)
+        if isinstance(loss, Mapping):
+            return torch.stack(list(loss.values())).sum(), loss
+        return loss, {}
+
+    def _forward(self, x: Tensor) -> Any:
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            return self.runner(x)

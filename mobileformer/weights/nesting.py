@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mobileformer.files.metadata import WeightsError
+from mobileformer.files.metadata import DEFAULT_TASK, WeightsError, check_task
 
 __all__ = ["KEY", "Contents", "find_weights"]
 
@@ -52,10 +52,12 @@ def find_weights(content: Any, *, name: str, average: bool | None = None) -> Con
     """The weights in what was read; `name` is how errors call it.
 
     average: the averaged ones, the raw ones, or None: the averaged ones where there are such that can be used.
-    Raises WeightsError where there are no weights, or none of those asked for.
+    Raises WeightsError where there are no weights, none of those asked for, or a training run's of another task.
     """
     if not isinstance(content, Mapping):
         raise WeightsError(f"{name}: expected a dict of tensors, got {type(content).__name__}")
+    if _is_run(content):
+        check_task(content["recipe"].get("task", DEFAULT_TASK), name)
     raw_key, raw = _below(content, _RAW)
     average_key, averaged = _below(content, _AVERAGE)
     if raw is None and averaged is None:
