@@ -23,11 +23,11 @@ from harness import Row
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import mobileformer
-from mobileformer import runtimes
 from mobileformer.export import export_model
 from mobileformer.inference import Engine, FoldedNetwork, fold, library
 from mobileformer.measure.difference import difference, lively_weights_
 from mobileformer.measure.timing import interleaved
+from mobileformer.race import runtimes
 from mobileformer.race.published import MADDS
 
 RACES = ((1, 1), (1, 8), (2, 1))  # threads, batch
