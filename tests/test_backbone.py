@@ -17,10 +17,10 @@ from mobileformer.network.classifier import Classifier
 
 def backbone_of(model: Model) -> Backbone:
     """A backbone by itself, with the classifier's weights."""
-    backbone = Backbone(model.variant, in_chans=model.in_chans, use_fused=model.use_fused)
+    backbone = Backbone(model.variant, in_chans=model.in_chans, use_fused=model.use_fused).to(model.tokens.dtype)
     own = backbone.state_dict()
     backbone.load_state_dict({key: value for key, value in model.state_dict().items() if key in own})
-    return backbone.to(model.tokens.dtype).train(model.training)
+    return backbone.train(model.training)
 
 
 def lively(variant: str, *, use_fused: bool = True) -> Model:
