@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from golden_support import recipe_image
 from torch import Tensor, nn
 
 from mobileformer import VARIANTS, Model
+from mobileformer.files.metadata import Metadata, describe
 from mobileformer.measure.difference import lively_weights_
 from mobileformer.network.backbone import Backbone
 from mobileformer.network.classifier import Classifier
@@ -122,6 +124,18 @@ def test_the_same_seed_gives_the_same_weights_in_every_release(kind: type[Backbo
     state = network.state_dict()
     assert all(torch.equal(state[key], value) for key, value in expected.items())
     assert {key for key in state if state[key].ndim > 1} == set(expected)
+
+
+def test_a_network_is_made_from_what_is_told_of_it() -> None:
+    metadata = Metadata("26m", num_classes=5, in_chans=1, spatial_dynamic_relu=True, labels=tuple("abcde"))
+    with torch.device("meta"):
+        model = Model.from_metadata(metadata, use_fused=False)
+        again = Classifier.from_metadata(model, num_classes=2)
+    assert type(model) is Model
+    assert describe(model) == dataclasses.replace(metadata, labels=None)
+    assert not model.use_fused
+    assert type(again) is Classifier
+    assert (again.num_classes, again.in_chans, again.spatial_dynamic_relu, again.use_fused) == (2, 1, True, True)
 
 
 def test_what_is_out_of_range_is_named() -> None:

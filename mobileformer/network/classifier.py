@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobileformer.config import VariantConfig
+from mobileformer.files.metadata import Network
 from mobileformer.network.backbone import Backbone, check_at_least_one, check_rate
 from mobileformer.network.layers import ConvNorm, MobileToFormer, channel_shuffle
 from mobileformer.network.parts import part
@@ -85,6 +86,21 @@ class Classifier(Backbone):
         )
         self.head = Head(config, num_classes, drop_rate=drop_rate, use_fused=use_fused)
         self.initialise()
+
+    @classmethod
+    def from_metadata(cls, metadata: Network, **arguments: Any) -> Self:
+        """A fresh network of the variant, classes, channels and slopes that `metadata` tells of.
+
+        `metadata` may be another network too, which tells the same. Other arguments are the class's own, and stand
+        in place of what is told. Raises ValueError for one out of range.
+        """
+        told = {
+            "variant": metadata.variant,
+            "num_classes": metadata.num_classes,
+            "in_chans": metadata.in_chans,
+            "spatial_dynamic_relu": metadata.spatial_dynamic_relu,
+        }
+        return cls(**{**told, **arguments})
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,in_chans,H,W) -> logits (B,num_classes)."""

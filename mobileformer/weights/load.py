@@ -107,17 +107,11 @@ def load_model(path: str | os.PathLike[str], *, use_fused: bool = True, average:
     """
     name, contents = _read(path, average)
     metadata = _metadata(contents, name)
-    arguments: dict[str, Any] = {
-        "variant": metadata.variant,
-        "num_classes": metadata.num_classes,
-        "in_chans": metadata.in_chans,
-        "spatial_dynamic_relu": metadata.spatial_dynamic_relu,
-    }
     with torch.device("meta"):  # compared without memory: a text may tell of any number of classes
-        outline = Model(**arguments, use_fused=False)
+        outline = Classifier.from_metadata(metadata, use_fused=False)
     official_names, state = _our_names(contents.state, outline, name)
     _fit(name, outline, outline.state_dict(), state, official_names)
-    model = Model(**arguments, use_fused=use_fused)
+    model = Model.from_metadata(metadata, use_fused=use_fused)
     _copy_into(model, state, set())
     if contents.note:
         warnings.warn(contents.note, stacklevel=2)
