@@ -21,7 +21,7 @@ from mobileformer import VARIANTS, Model
 from mobileformer.cli import export as command
 from mobileformer.config import BlockConfig, VariantConfig
 from mobileformer.export import BOUND, ExportError, Report, check, export_model, job, to_executorch
-from mobileformer.export.network import ExportNetwork
+from mobileformer.export.plain import ExportNetwork
 from mobileformer.measure.difference import lively_weights_
 
 # Without the compiled library the model runs on the reference and says so; the numbers are the same.

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mobileformer.files.metadata import describe
 from mobileformer.inference.folded import FoldedNetwork
 from mobileformer.network.classifier import Classifier, Head, unwrap
-from mobileformer.network.layers import BRIDGE_HEADS, FORMER_HEADS, ConvNorm, KernelModule, channel_shuffle, convolve
+from mobileformer.network.convolution import ConvNorm, KernelModule, channel_shuffle, convolve
+from mobileformer.network.layers import BRIDGE_HEADS, FORMER_HEADS
 from mobileformer.network.parts import are_plain, held, is_untouched, own_method, part
 
 __all__ = ["arrays_of", "fold", "folded_copy", "hooked_part", "parts_of_its_own"]

@@ -12,7 +12,7 @@ from torch.fx import Proxy
 from mf_kernels.environment import is_transformed
 from mobileformer.config import MIN_SIZE, STEM_STRIDE, BlockConfig, get_variant
 from mobileformer.network.blocks import DownBlock, LiteBlock, SameBlock
-from mobileformer.network.layers import ConvNorm
+from mobileformer.network.convolution import ConvNorm
 from mobileformer.network.recompute import recomputed
 
 __all__ = ["Backbone", "check_at_least_one", "check_rate"]

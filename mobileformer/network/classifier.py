@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mobileformer.config import VariantConfig
 from mobileformer.files.metadata import Network
 from mobileformer.network.backbone import Backbone, check_at_least_one, check_rate
-from mobileformer.network.layers import ConvNorm, MobileToFormer, channel_shuffle
+from mobileformer.network.convolution import ConvNorm, channel_shuffle
+from mobileformer.network.layers import MobileToFormer
 from mobileformer.network.parts import part
 
 __all__ = ["Classifier", "Head", "unwrap"]
