@@ -23,16 +23,14 @@ from harness import Row
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import mobileformer
-from mobileformer import runtimes
 from mobileformer.export import export_model
 from mobileformer.inference import Engine, FoldedNetwork, fold, library
-from mobileformer.measure.difference import difference, lively_weights_
+from mobileformer.measure.difference import LOGIT_BOUNDS, difference, lively_weights_, why_wrong
 from mobileformer.measure.timing import interleaved
+from mobileformer.race import runtimes
 from mobileformer.race.published import MADDS
 
 RACES = ((1, 1), (1, 8), (2, 1))  # threads, batch
-# Largest difference of logits over the largest logit
-BOUNDS = {"float32": 1e-4, "bfloat16": 0.2}
 CONTENDERS = (("engine", "float32"), ("engine", "bfloat16"), ("onnxruntime", "float32"))
 CONTENDERS += (("openvino", "float32"), ("openvino", "bfloat16"), (harness.EAGER, "float32"))
 PEERS = tuple(peers.PEERS) if all(importlib.util.find_spec(name) for name in ("timm", "torchvision")) else ()
@@ -200,5 +198,5 @@ def _row(
         "top1": peers.PEERS[network].top1 if network in peers.PEERS else mobileformer.VARIANTS[network].published_top1,
         "logits_off_by": off,
     }
-    error = None if off <= BOUNDS[dtype] else f"logits are off by {off:.1e} of the largest, more than {BOUNDS[dtype]:g}"
+    error = why_wrong("logits", off, LOGIT_BOUNDS["runtime"][getattr(torch, dtype)])
     return Row(facts, run=run, error=error)

@@ -17,8 +17,15 @@ from torch import Tensor
 import mf_kernels
 import mobileformer
 from mf_kernels import reference, testing
+from mobileformer import layout
 
 VARIANT = "294m"
+# Layers of a block in the order of `mf_kernels.token_side`, which then wants those of its dynamic ReLUs
+TOKEN_SIDE = (
+    *(f"mobile_to_former.{layer}" for layer in ("gate", "project", "norm")),
+    *(f"former.{layer}" for layer in ("query", "project", "norm", "ffn_expand", "ffn_project", "ffn_norm")),
+    *(f"former_to_mobile.{layer}" for layer in ("key", "value")),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,18 +88,18 @@ def _token_sides() -> list[Form]:
     M, D = config.num_tokens, config.token_dim
     forms: dict[str, Form] = {}
     incoming = config.stem_channels
-    for block in config.blocks:
+    weights = {layer.name: layer.shape for layer in layout.layers(config, num_classes=1000, in_chans=3)}
+    for index, block in enumerate(config.blocks):
         C, incoming = incoming, block.out_channels
         if block.kind != "same" or incoming != C:
             continue
-        slopes = [block.expansion * C] * 2
-        layers = [(C, D), (D, C), None, (D, D), (D, D), None, (2 * D, D), (D, 2 * D), None, (C, D), (C, D)]
-        for width in slopes:
-            layers += [(D // 4, D), (2 * width, D // 4)]
+        relus = [c for c in layout.convolutions(block, C, config.groups) if c.dynamic_relu]
+        names = [*TOKEN_SIDE, *(f"{relu.name}_relu.{layer}" for relu in relus for layer in ("reduce", "expand"))]
         shapes: dict[str, tuple[int, ...]] = {"tokens": (1, M, D), "gathered": (1, M, C)}
-        for index, layer in enumerate(layers):
-            shapes |= {f"p{index}_weight": layer or (D,), f"p{index}_bias": (layer or (D,))[:1]}
-        name = f"1x{M}x{D}-{C}channels-{slopes[0]}slopes"
+        for number, name in enumerate(names):
+            weight = weights[f"blocks.{index}.{name}"]
+            shapes |= {f"p{number}_weight": weight, f"p{number}_bias": weight[:1]}
+        name = f"1x{M}x{D}-{C}channels-{relus[0].out_channels}slopes"
         forms[name] = Form(
             "token_side", name, shapes, "layer", {}, (VARIANT,), fused=_token_side, plain=_plain_token_side
         )

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton_launches import launches_of, resources, settings
 
 from mf_kernels.testing import CASES, TIMED
 from mf_kernels.triton._launch import Launch
-from mf_kernels.triton._resources import launches_of, resources, settings
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "mf_kernels" / "triton"

@@ -14,13 +14,17 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "MIN_SIZE",
+    "STEM_STRIDE",
     "VARIANTS",
     "BlockConfig",
+    "BlockKind",
+    "Stage",
     "VariantConfig",
     "get_variant",
 ]
 
 MIN_SIZE = 32  # of height and width: the stride of the last map
+STEM_STRIDE = 2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -48,6 +52,24 @@ class BlockConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """The blocks of one resolution, by the last of them: what is built on a network's maps reads that one's.
+
+    ==========  =====================================================
+    field       meaning
+    ==========  =====================================================
+    stride      pixels of the image for one position: 4, 8, 16 or 32
+    last_block  index of the last block that works at this stride
+    channels    of the map that this block gives
+    ==========  =====================================================
+    """
+
+    stride: int
+    last_block: int
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
 class VariantConfig:
     """One published network.
 
@@ -61,7 +83,7 @@ class VariantConfig:
     hidden_features  width between the two linear layers of the classifier
     groups           groups of every pointwise convolution; above 1 with channel shuffles
     num_parameters   exact count with 3 input channels and 1000 classes
-    published_madds  multiply-adds in millions, as in the name; what the authors counted is not known
+    published_madds  multiply-adds in millions, as in the name (`race.published` says by which counter)
     published_top1   ImageNet-1k top-1 in percent at 224 x 224, as the authors' README states
     ===============  =================================================================================
     """
@@ -76,6 +98,16 @@ class VariantConfig:
     published_madds: int
     published_top1: float
     groups: int = 1
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Those of strides 4, 8, 16 and 32. What works at stride 2, the stem and a first block, is no stage."""
+        last: dict[int, Stage] = {}
+        stride = STEM_STRIDE
+        for index, block in enumerate(self.blocks):
+            stride *= block.stride
+            last[stride] = Stage(stride, index, block.out_channels)
+        return tuple(stage for stage in last.values() if stage.stride > STEM_STRIDE)
 
     @property
     def feature_channels(self) -> int:

@@ -112,14 +112,7 @@ class Model(
         RuntimeError for one whose layers are others.
         """
         source = unwrap(model)
-        made = cls(
-            source.variant,
-            num_classes=source.num_classes,
-            in_chans=source.in_chans,
-            use_fused=source.use_fused,
-            spatial_dynamic_relu=source.spatial_dynamic_relu,
-            **told,
-        )
+        made = cls.from_metadata(source, use_fused=source.use_fused, **told)
         made.to(device=source.tokens.device, dtype=source.tokens.dtype).load_state_dict(source.state_dict())
         return made.train(source.training)
 

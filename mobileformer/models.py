@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mobileformer.inference.module import InferenceModel
+from mobileformer.inference.model import InferenceModel
 from mobileformer.network.classifier import Classifier
 from mobileformer.network.parts import part
 

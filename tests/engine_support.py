@@ -14,18 +14,13 @@ from torch import Tensor, nn
 from mobileformer import Model
 from mobileformer.config import BlockConfig
 from mobileformer.inference import FoldedNetwork, fold, library
+from mobileformer.layout import convolutions
 from mobileformer.network.layers import DynamicReLU, hard_sigmoid
 
 # Only where it was not built: one that does not load has to fail.
 needs_engine = pytest.mark.skipif(
     importlib.util.find_spec("mobileformer._engine") is None, reason="mobileformer._engine was not built"
 )
-
-CONVOLUTIONS = {
-    "lite": ("expand", "project"),
-    "same": ("expand", "depthwise", "project"),
-    "down": ("down", "squeeze", "expand", "project"),
-}
 
 
 def isas() -> list[str]:
@@ -89,7 +84,7 @@ def stages_of(model: Model, x: Tensor) -> dict[str, np.ndarray]:
         handles.append(part.register_forward_pre_hook(hook))
 
     def keep_block(block: nn.Module, config: BlockConfig, name: str) -> None:
-        for conv in CONVOLUTIONS[config.kind]:
+        for conv in (row.name for row in convolutions(config, 1, 1)):  # names alone, whatever the channels
             relu = getattr(block, f"{conv}_relu", None)
             keep(getattr(block, conv) if relu is None else relu, f"{name}.{conv}")
             if relu is not None:

@@ -17,6 +17,7 @@ from golden import recipe
 from torch import Tensor, nn
 
 from mobileformer import Model
+from mobileformer.layout import convolutions
 from mobileformer.network.layers import DynamicReLU
 from mobileformer.weights.keys import to_official
 
@@ -24,13 +25,6 @@ from mobileformer.weights.keys import to_official
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
-
-# What the golden files call the convolutions and slopes of a block, and what we do.
-_CONVS = {"same": ("expand", "depthwise", "project"), "down": ("down", "squeeze", "expand", "project")}
-_THETAS = {
-    "same": {"hyper1": "expand_relu", "hyper2": "depthwise_relu"},
-    "down": {"hyper1": "down_relu", "hyper3": "expand_relu"},
-}
 
 
 @functools.cache
@@ -87,14 +81,16 @@ def capture(model: Model, x: Tensor) -> dict[str, Tensor]:
         handles.append(module.register_forward_pre_hook(hook))
 
     keep(model.stem, "stem/feat")
+    channels = model.config.stem_channels
     for index, (block, config) in enumerate(zip(model.blocks, model.config.blocks, strict=True)):
+        rows, channels = convolutions(config, channels, model.config.groups), config.out_channels
         keep(block, f"block{index}/feat", lambda out: out[0])
         keep(block, f"block{index}/tokens", lambda out: out[1].transpose(0, 1))
-        for number, name in enumerate(_CONVS.get(config.kind, ()), start=1):
-            keep(getattr(block, name), f"block{index}/conv{number}")
-        for theirs, ours in _THETAS.get(config.kind, {}).items():
-            keep_theta(getattr(block, ours), f"block{index}/theta_{theirs}")
         if config.kind != "lite":
+            for number, row in enumerate(rows, start=1):  # the golden files have numbers where we have names
+                keep(getattr(block, row.name), f"block{index}/conv{number}")
+                if row.dynamic_relu:
+                    keep_theta(getattr(block, f"{row.name}_relu"), f"block{index}/theta_hyper{number}")
             keep(block.mobile_to_former, f"block{index}/l2g_tokens", lambda out: out.transpose(0, 1))
     keep(model.mobile_to_former, "final_tokens", lambda out: out.transpose(0, 1))
     try:

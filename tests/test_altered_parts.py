@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mobileformer import Model
-from mobileformer.inference import module as inference_module
+from mobileformer.inference import model as inference_model
 from mobileformer.measure.difference import lively_weights_
-from mobileformer.network.layers import ConvNorm, DropPath, DynamicReLU, Former, FormerToMobile, MobileToFormer
+from mobileformer.network.convolution import ConvNorm
+from mobileformer.network.layers import DropPath, DynamicReLU, Former, FormerToMobile, MobileToFormer
 
 Alteration = Callable[[nn.Module], object]
 SIZE = 64
@@ -202,7 +203,7 @@ CASES = [*cases("52m", 2), *cases("26m", 1)[::4]]
 
 @pytest.fixture(autouse=True)
 def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference_module, "_warned", set())
+    monkeypatch.setattr(inference_model, "_warned", set())
     monkeypatch.delenv("MF_KERNELS_STRICT", raising=False)
 
 

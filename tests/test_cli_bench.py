@@ -17,7 +17,14 @@ from PIL import Image
 
 import mobileformer
 from mobileformer.data import sample_photo
-from mobileformer.measure.difference import difference, lively_weights_
+from mobileformer.measure.difference import (
+    GRADIENT_BOUNDS,
+    LOGIT_BOUNDS,
+    difference,
+    lively_weights_,
+    relative_norm,
+    why_wrong,
+)
 from mobileformer.measure.timing import interleaved
 from mobileformer.race import trial as race
 
@@ -186,7 +193,7 @@ def test_demo_classifies_and_races(sheet: tuple[str, Path]) -> None:
 
 
 def test_demo_fails_when_paths_disagree(monkeypatch: pytest.MonkeyPatch, sheet: tuple[str, Path]) -> None:
-    monkeypatch.setitem(race.LOGIT_BOUNDS, torch.float64, 0.0)
+    monkeypatch.setitem(LOGIT_BOUNDS["inference"], torch.float64, 0.0)
     result = run("demo", *sheet, "--variant", "26m", "--repeats", 1, code=1)
     assert "error: float64 fused: logits are off" in result.stderr
     assert "Off in float64: see errors" in " ".join(result.stdout.split())
@@ -218,6 +225,25 @@ def test_difference_never_passes_what_is_not_finite() -> None:
     assert difference(torch.ones(2), torch.zeros(2)).relative == float("inf")
     with pytest.raises(ValueError, match="shape"):
         difference(torch.ones(3), exact)
+
+
+def test_what_is_wrong_is_told_and_nan_is_wrong() -> None:
+    assert why_wrong("logits", 1e-3, 1e-3) is None
+    assert why_wrong("logits", 2e-3, 1e-3) == "logits are off by 2.0e-03 of the largest one, more than 0.001"
+    told = why_wrong("gradients", float("nan"), 1e-3, of="their norm")
+    assert told == "gradients are off by nan of their norm, more than 0.001"
+    exact = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    off = [torch.tensor([3.0, 3.0]), torch.tensor([[0.0]])]
+    assert relative_norm(off, exact) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="shorter"):
+        relative_norm(off[:1], exact)
+
+
+def test_bounds_widen_with_the_dtype() -> None:
+    for table in (*LOGIT_BOUNDS.values(), *GRADIENT_BOUNDS.values()):
+        by_precision = [table[d] for d in (torch.float64, torch.float32, torch.bfloat16) if d in table]
+        assert by_precision == sorted(by_precision)
+        assert torch.float32 in table
 
 
 def test_lively_weights_are_seeded_and_reach_every_part() -> None:

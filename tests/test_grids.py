@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from pathlib import Path
 
 import emulator_support
 import pytest
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from mf_kernels import _triton, testing
+
+ROOT = Path(__file__).parents[1]
 
 MOST = 2**31 - 1
 MULTIPROCESSORS = 132
@@ -42,8 +45,11 @@ def wanted(case: testing.Case, tile: int) -> int:
 @needs_triton
 @every_look
 @every_layer
-def test_launches_of_triton(case: testing.Case, dtype: torch.dtype, channels_last: bool) -> None:
-    from mf_kernels.triton._resources import launches_of
+def test_launches_of_triton(
+    case: testing.Case, dtype: torch.dtype, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from triton_launches import launches_of
 
     for batch in BATCHES:
         calls = launches_of(case, dtype, channels_last=channels_last, batch=batch, arch=90)

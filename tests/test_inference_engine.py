@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import mf_kernels
 import mobileformer
 from mobileformer import Model
-from mobileformer.inference import Engine, InferenceModel, fold, library, module
+from mobileformer.inference import Engine, InferenceModel, fold, library
+from mobileformer.inference import model as inference_model
 from mobileformer.inference.engine import NotFiniteError
 
 pytestmark = needs_engine
@@ -31,7 +32,7 @@ pytestmark = needs_engine
 
 @pytest.fixture(autouse=True)
 def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_warned", set())
+    monkeypatch.setattr(inference_model, "_warned", set())
     monkeypatch.delenv("MF_KERNELS_STRICT", raising=False)
 
 
@@ -258,7 +259,7 @@ def test_a_copy_that_was_written_to_is_not_the_engines_any_more(model: Model, ca
             torch.testing.assert_close(changed.float()(small_image()), logits)
         torch.testing.assert_close(logits, copied(small_image()) + 1, rtol=1e-3, atol=1e-4)
         assert all("parameters of the copy were written to" in str(w.message) for w in caught)
-    assert module._warned == {"parameters of the copy were written to, and the engine has those of before"}
+    assert inference_model._warned == {"parameters of the copy were written to, and the engine has those of before"}
     assert len(calls) == 3
 
 

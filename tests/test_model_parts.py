@@ -11,16 +11,8 @@ from torch import Tensor, nn
 
 from mobileformer import VARIANTS, Model
 from mobileformer.network.blocks import DownBlock, SameBlock
-from mobileformer.network.layers import (
-    ConvNorm,
-    DropPath,
-    DynamicReLU,
-    Former,
-    FormerToMobile,
-    MobileToFormer,
-    channel_shuffle,
-    hard_sigmoid,
-)
+from mobileformer.network.convolution import ConvNorm, channel_shuffle
+from mobileformer.network.layers import DropPath, DynamicReLU, Former, FormerToMobile, MobileToFormer, hard_sigmoid
 
 # Initialisation
 

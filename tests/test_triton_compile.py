@@ -6,7 +6,7 @@ which is tested here. A sample of each is compiled again and has to come out the
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -33,21 +33,24 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks() -> Iterator[None]:
+    """The folder on the path, as for its scripts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield
+
+
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
+def script(benchmarks: None) -> ModuleType:
     """benchmarks/triton_resources.py, which is no package's module."""
-    spec = importlib.util.spec_from_file_location("triton_resources", ROOT / "benchmarks" / "triton_resources.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return importlib.import_module("triton_resources")
 
 
 @pytest.mark.parametrize("op", ["dynamic_relu", "mobile_to_former", "former_to_mobile", "depthwise_conv2d"])
 def test_maps_move_16_bytes_at_once(op: str) -> None:
     """Channels a multiple of 8, bfloat16, channels_last: loads and stores of a feature map are whole vectors."""
-    from mf_kernels.triton._resources import launches_of, resources
+    from triton_launches import launches_of, resources
 
     shapes = {"x": (1, 64, 28, 28)}
     options = {}
@@ -98,7 +101,7 @@ def test_the_page_is_made_from_the_tables(script: ModuleType) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_nothing_spills_and_shared_memory_is_there(script: ModuleType, version: str) -> None:
-    from mf_kernels.triton._resources import SHARED_LIMIT
+    from triton_launches import SHARED_LIMIT
 
     rows = table(script, version)
     assert {row["kernel"].rsplit("_", 1)[1] for row in rows} >= {"forward", "backward", "merge", "splits"}
@@ -113,7 +116,7 @@ import json, sys
 sys.path.insert(0, "benchmarks")
 import triton
 import triton_resources as script
-from mf_kernels.triton._resources import resources
+from triton_launches import resources
 
 seen, found = set(), []
 for number, (row, call) in enumerate(script.rows()):

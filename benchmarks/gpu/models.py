@@ -25,7 +25,14 @@ import mobileformer
 from gpu.graphs import Replay, lane, timed
 from gpu.operators import DTYPES, check_alive
 from gpu.section import Section
-from mobileformer.measure.difference import difference, lively_weights_
+from mobileformer.measure.difference import (
+    GRADIENT_BOUNDS,
+    LOGIT_BOUNDS,
+    difference,
+    lively_weights_,
+    relative_norm,
+    why_wrong,
+)
 from mobileformer.race.published import MADDS
 
 VARIANTS = ("294m", "508m", "26m")
@@ -61,10 +68,7 @@ CONTENDERS = {
 PLAIN = tuple(name for name in CONTENDERS if not name.startswith("compile") and name != "fused compile")
 WITH_GRAPHS = ("eager channels_last", "fused graph", "compile graphs")
 COMPILED = ("eager channels_last", "fused graph", "compile", "fused compile", "compile max-autotune")
-# Plain PyTorch's error: largest of logits over the largest logit, norm of the gradient's over its norm. With kinks
-# and statistics of the batch, gradients in bfloat16 are far off.
-BOUNDS = {"float32": (1e-3, 5e-2), "bfloat16": (0.6, 2.0)}
-LEAST = {"float32": (3e-5, 2e-2), "bfloat16": (5e-2, 0.2)}  # what anyone may be off
+LEAST = {"float32": (3e-5, 2e-2), "bfloat16": (5e-2, 0.2)}  # what anyone may be off: logits, gradient
 
 
 class Group(NamedTuple):
@@ -262,18 +266,17 @@ class Trial:
         logits = difference(found[0], self.truth[0]).relative
         gradient = 0.0
         if self.train:
-            pairs = zip(found[1:], self.truth[1:], strict=True)
-            squares = [((g.double() - t).square().sum(), t.square().sum()) for g, t in pairs]
-            gradient = (sum(s for s, _ in squares) / sum(t for _, t in squares)).sqrt().item()
+            gradient = relative_norm(found[1:], self.truth[1:])
+        dtype = DTYPES[self.group.dtype]
+        most = LOGIT_BOUNDS["card"][dtype], GRADIENT_BOUNDS["card"][dtype]
         if self.made is None and name.startswith("eager"):
-            most = BOUNDS[self.group.dtype]
             self.made = logits, gradient
         else:
-            made = self.made or BOUNDS[self.group.dtype]
+            made = self.made or most
             most = tuple(2 * m + least for m, least in zip(made, LEAST[self.group.dtype], strict=True))
-        for what, off, bound in zip(("logits", "gradient"), (logits, gradient), most, strict=True):
-            if not off <= bound:  # written so that NaN does not pass
-                raise AssertionError(f"{what} off by {off:.2e} of the float64 ones, allowed {bound:.2e}")
+        wrong = why_wrong("logits", logits, most[0]) or why_wrong("gradients", gradient, most[1], of="their norm")
+        if wrong is not None:
+            raise AssertionError(wrong)
         return logits, gradient if self.train else None
 
 

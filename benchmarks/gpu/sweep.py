@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from triton_launches import launches_of, resources
 
 from gpu import machine, operators
 from gpu.graphs import lane, timed
@@ -21,7 +22,6 @@ from gpu.operators import DIRECTIONS, TARGETS, DeviceCase, Group
 from gpu.section import Section
 from mf_kernels import testing
 from mf_kernels.triton import _settings
-from mf_kernels.triton._resources import launches_of, resources
 
 CONTENDER = ("triton", "channels_last")
 THREADS, REGISTERS, PROGRAMS = 2048, 65536, 32  # that one multiprocessor of sm_80 and sm_90 holds

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton_launches import launches_of, settings
 
 import mobileformer
 from gpu import models, operators
 from mf_kernels import _triton, reference, testing
 from mf_kernels.triton._launch import Launch
-from mf_kernels.triton._resources import launches_of, settings
 
 Job = tuple[testing.Case, torch.dtype, bool, int]  # row, dtype, channels_last, batch
 

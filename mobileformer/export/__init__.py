@@ -13,7 +13,7 @@ from typing import Any
 
 from mobileformer.export.check import BOUND, Check, compare
 from mobileformer.export.job import ExportError, Job, staged
-from mobileformer.export.network import ExportNetwork
+from mobileformer.export.plain import ExportNetwork
 from mobileformer.files.metadata import Metadata, describe
 from mobileformer.network.classifier import Classifier, unwrap
 

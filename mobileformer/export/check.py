@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from mobileformer.export.job import TRACED_SMALLEST, ExportError, Job
-from mobileformer.measure.difference import difference
+from mobileformer.measure.difference import LOGIT_BOUNDS, difference, why_wrong
 
 __all__ = ["BOUND", "Check", "Runtime", "compare", "in_fresh_process"]
 
-BOUND = 1e-4
-"""Largest difference of a logit from the model in float64, over the largest logit. float32 makes about 1e-6."""
+BOUND = LOGIT_BOUNDS["runtime"][torch.float32]
+"""Largest difference of a logit from the model in float64, over the largest logit."""
 
 Runtime = Callable[[list[np.ndarray]], list[np.ndarray]]
 """Float32 images of several shapes -> logits of each."""
@@ -56,11 +56,9 @@ def compare(name: str, run: Runtime, model: nn.Module, job: Job) -> list[Check]:
             shape = tuple(actual.shape)
             raise ExportError(f"{told} gives shape {shape}, the model {tuple(expected.shape)}; nothing was written")
         relative = difference(actual, expected).relative
-        if not relative <= BOUND:
-            raise ExportError(
-                f"{told} differs from the model by {relative:.1e} of the largest logit, more than {BOUND:g}; "
-                "nothing was written"
-            )
+        wrong = why_wrong("logits", relative, BOUND)
+        if wrong is not None:
+            raise ExportError(f"{told} {wrong}; nothing was written")
         checks.append(Check(name, tuple(x.shape), relative))
     return checks
 

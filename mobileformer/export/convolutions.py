@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobileformer.inference.folding import FoldedConv
-from mobileformer.network.layers import channel_shuffle
+from mobileformer.network.convolution import channel_shuffle
 
 __all__ = ["Depthwise", "Pointwise", "as_folded", "convolution", "shuffled_order"]
 

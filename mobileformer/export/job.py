@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from mobileformer.export.network import ExportNetwork
+from mobileformer.export.plain import ExportNetwork
 from mobileformer.files.metadata import Metadata
 from mobileformer.files.replacing import resting_place
 

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from mobileformer.inference.engine import Engine as Engine
     from mobileformer.inference.folded import FoldedNetwork as FoldedNetwork
     from mobileformer.inference.folding import fold as fold
-    from mobileformer.inference.module import InferenceModel as InferenceModel
+    from mobileformer.inference.model import InferenceModel as InferenceModel
 
 _HOME = {
     "Engine": "mobileformer.inference.engine",
     "FoldedNetwork": "mobileformer.inference.folded",
-    "InferenceModel": "mobileformer.inference.module",
+    "InferenceModel": "mobileformer.inference.model",
     "fold": "mobileformer.inference.folding",
 }
 

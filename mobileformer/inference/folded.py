@@ -25,6 +25,7 @@ from mobileformer.config import VariantConfig, get_variant
 from mobileformer.files.metadata import Metadata, WeightsError, decode, encode
 from mobileformer.files.replacing import replacing
 from mobileformer.files.safetensors import read_safetensors
+from mobileformer.layout import TOKENS, layers
 
 __all__ = ["FORMAT", "FoldedNetwork", "array_shapes"]
 
@@ -87,68 +88,12 @@ class FoldedNetwork:
 def array_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every array, in the order of the model's state dict."""
     config = get_variant(metadata.variant)
-    width = config.token_dim
-    shapes: dict[str, tuple[int, ...]] = {"tokens": (config.num_tokens, width)}
-
-    def add(name: str, weight: tuple[int, ...]) -> None:
-        shapes[f"{name}.weight"] = weight
-        shapes[f"{name}.bias"] = weight[:1]
-
-    def pointwise(name: str, into: int, out: int) -> None:
-        add(name, (out, into // config.groups, 1, 1))
-
-    def depthwise(name: str, out: int) -> None:
-        add(name, (out, 1, 3, 3))
-
-    def relu(name: str, channels: int) -> None:
-        add(f"{name}.reduce", (width // 4, width))
-        add(f"{name}.expand", (2 * channels, width // 4))
-
-    def mobile_to_former(name: str, channels: int) -> None:
-        add(f"{name}.gate", (channels, width))
-        add(f"{name}.query", (channels, width))
-        add(f"{name}.project", (width, channels))
-        add(f"{name}.norm", (width,))
-
-    def token_side(name: str, into: int, out: int) -> None:
-        mobile_to_former(f"{name}.mobile_to_former", into)
-        add(f"{name}.former.ffn_expand", (2 * width, width))
-        add(f"{name}.former.ffn_project", (width, 2 * width))
-        add(f"{name}.former.ffn_norm", (width,))
-        add(f"{name}.former.query", (width, width))
-        add(f"{name}.former.project", (width, width))
-        add(f"{name}.former.norm", (width,))
-        add(f"{name}.former_to_mobile.key", (out, width))
-        add(f"{name}.former_to_mobile.value", (out, width))
-
-    channels = config.stem_channels
-    add("stem", (channels, metadata.in_chans, 3, 3))
-    for index, block in enumerate(config.blocks):
-        name, out, hidden = f"blocks.{index}", block.out_channels, block.expansion * channels
-        if block.kind == "lite":
-            depthwise(f"{name}.expand", hidden)
-            pointwise(f"{name}.project", hidden, out)
-        elif block.kind == "same":
-            pointwise(f"{name}.expand", channels, hidden)
-            relu(f"{name}.expand_relu", hidden)
-            depthwise(f"{name}.depthwise", hidden)
-            relu(f"{name}.depthwise_relu", hidden)
-            pointwise(f"{name}.project", hidden, out)
-            token_side(name, channels, out)
-        else:
-            second = block.second_expansion * out
-            depthwise(f"{name}.down", hidden)
-            relu(f"{name}.down_relu", hidden)
-            pointwise(f"{name}.squeeze", hidden, out)
-            depthwise(f"{name}.expand", second)
-            relu(f"{name}.expand_relu", second)
-            pointwise(f"{name}.project", second, out)
-            token_side(name, channels, out)
-        channels = out
-    mobile_to_former("mobile_to_former", channels)
-    pointwise("head.expand", channels, config.head_channels)
-    add("head.fc", (config.hidden_features, config.head_channels + width))
-    add("head.classifier", (metadata.num_classes, config.hidden_features))
+    shapes: dict[str, tuple[int, ...]] = {TOKENS: (config.num_tokens, config.token_dim)}
+    for layer in layers(config, num_classes=metadata.num_classes, in_chans=metadata.in_chans):
+        if layer.kind == "batch_norm":
+            continue  # in the layer before it, which has the bias
+        name = layer.name.removesuffix(".conv")
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = layer.shape, layer.shape[:1]
     return shapes
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mobileformer.files.metadata import describe
 from mobileformer.inference.folded import FoldedNetwork
 from mobileformer.network.classifier import Classifier, Head, unwrap
-from mobileformer.network.layers import BRIDGE_HEADS, FORMER_HEADS, ConvNorm, KernelModule, channel_shuffle, convolve
+from mobileformer.network.convolution import ConvNorm, KernelModule, channel_shuffle, convolve
+from mobileformer.network.layers import BRIDGE_HEADS, FORMER_HEADS
 from mobileformer.network.parts import are_plain, held, is_untouched, own_method, part
 
 __all__ = ["arrays_of", "fold", "folded_copy", "hooked_part", "parts_of_its_own"]
@@ -83,13 +84,8 @@ def arrays_of(network: Classifier) -> dict[str, np.ndarray]:
 def parts_of_its_own(model: Classifier) -> str | None:
     """What makes a model more than its variant, so that its parameters alone do not say what it computes; else None."""
     with torch.device("meta"):
-        plain = Classifier(
-            model.variant,
-            num_classes=max(model.num_classes, 1),  # a part that is missing is told as such below
-            in_chans=model.in_chans,
-            use_fused=model.use_fused,
-            spatial_dynamic_relu=model.spatial_dynamic_relu,
-        )
+        classes = max(model.num_classes, 1)  # a part that is missing is told as such below
+        plain = Classifier.from_metadata(model, num_classes=classes, use_fused=model.use_fused)
     expected = dict(plain.named_modules())
     for name, module in model.named_modules():
         kind, told, built = type(module), name or "the model", expected.get(name)

@@ -1,14 +1,44 @@
-"""How far numbers are from a reference, and weights that let errors show."""
+"""How far numbers are from a reference, how far they may be, and weights that let errors show."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Difference", "difference", "lively_weights_"]
+__all__ = [
+    "GRADIENT_BOUNDS",
+    "LOGIT_BOUNDS",
+    "Difference",
+    "difference",
+    "lively_weights_",
+    "relative_norm",
+    "why_wrong",
+]
+
+# What rounding explains and a mistake does not, by what is compared: the largest difference of a logit over the largest
+# logit. What is further off computes something else, and is neither timed nor written.
+LOGIT_BOUNDS: Mapping[str, dict[torch.dtype, float]] = {
+    # A network with `lively_weights_` against float64. Plain PyTorch has 2e-6 in float32, 2e-2 in bfloat16.
+    "inference": {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 0.1},
+    # The same in training, where the batch's own statistics amplify rounding: plain PyTorch has 2e-4 in float32.
+    "training": dict.fromkeys((torch.float64, torch.float32, torch.bfloat16), 1e-3),
+    # Another runtime, which joins and reorders as it likes, with anybody's weights. float32 makes about 1e-6.
+    "runtime": {torch.float32: 1e-4, torch.bfloat16: 0.2},
+    # Two ways through the same weights, by the largest difference among all images of a data set.
+    "data set": {torch.float32: 1e-3},
+    # Plain PyTorch itself on a card, whose products may be sums of TF32; bfloat16 is autocast, weights in float32.
+    "card": {torch.float32: 1e-3, torch.bfloat16: 0.6},
+}
+# The same of all gradients in a row, by `relative_norm`. Plain PyTorch has up to 1e-2 in float32: where rounding pushes
+# a value across a kink of an activation, its gradient changes at once. In bfloat16 they are far off.
+GRADIENT_BOUNDS: Mapping[str, dict[torch.dtype, float]] = {
+    "training": dict.fromkeys((torch.float64, torch.float32, torch.bfloat16), 5e-2),
+    "card": {torch.float32: 5e-2, torch.bfloat16: 2.0},
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +65,23 @@ def difference(actual: Tensor, reference: Tensor) -> Difference:
         return Difference(math.inf, math.inf)
     scale = exact.abs().max().item()
     return Difference(largest, largest / scale if scale > 0 else (0.0 if largest == 0 else math.inf))
+
+
+def relative_norm(actual: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
+    """Norm of the difference over the norm of the reference, of all tensors in a row, in float64."""
+    off, size = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for a, r in zip(actual, reference, strict=True):
+        exact = r.detach().double()
+        off = off.to(exact.device) + (a.detach().double() - exact).square().sum()
+        size = size.to(exact.device) + exact.square().sum()
+    return (off / size).sqrt().item()
+
+
+def why_wrong(what: str, off: float, bound: float, *, of: str = "the largest one") -> str | None:
+    """None where `off`, in units of `of`, is within `bound`; else what is wrong, in words. NaN is within no bound."""
+    if off <= bound:
+        return None
+    return f"{what} are off by {off:.1e} of {of}, more than {bound:g}"
 
 
 @torch.no_grad()

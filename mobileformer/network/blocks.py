@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import mf_kernels
 from mobileformer.config import BlockConfig
+from mobileformer.network.convolution import ConvNorm
 from mobileformer.network.layers import (
     BRIDGE_HEADS,
     FORMER_HEADS,
-    ConvNorm,
     DropPath,
     DynamicReLU,
     Former,

@@ -1,22 +1,21 @@
-"""The whole network: tokens and stem, blocks, the last bridge into the tokens, classifier."""
+"""The classifier: behind the backbone, the last bridge into the tokens and what makes logits of them and the map."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 
-from mf_kernels.environment import is_transformed
-from mobileformer.config import MIN_SIZE, BlockConfig, VariantConfig, get_variant
-from mobileformer.network.blocks import DownBlock, LiteBlock, SameBlock
-from mobileformer.network.layers import ConvNorm, MobileToFormer, channel_shuffle
+from mobileformer.config import VariantConfig
+from mobileformer.files.metadata import Network
+from mobileformer.network.backbone import Backbone, check_at_least_one, check_rate
+from mobileformer.network.convolution import ConvNorm, channel_shuffle
+from mobileformer.network.layers import MobileToFormer
 from mobileformer.network.parts import part
-from mobileformer.network.recompute import recomputed
 
-__all__ = ["MIN_SIZE", "Classifier", "Head", "unwrap"]
+__all__ = ["Classifier", "Head", "unwrap"]
 
 
 @part
@@ -54,12 +53,11 @@ class Head(nn.Module):
 
 
 @part
-class Classifier(nn.Module):
+class Classifier(Backbone):
     """`mobileformer.Model`, whose text tells it all, without what knows of inference."""
 
     # A subclass that computes nothing else says so in its own body; without that it is not folded for the engine.
     same_numbers = True
-    _grad_checkpointing = False
 
     def __init__(
         self,
@@ -72,46 +70,38 @@ class Classifier(nn.Module):
         drop_path_rate: float = 0.0,
         spatial_dynamic_relu: bool = False,
     ) -> None:
-        super().__init__()
-        config = get_variant(variant)
-        _check_at_least_one("num_classes", num_classes)
-        _check_at_least_one("in_chans", in_chans)
-        _check_rate("drop_rate", drop_rate)
-        _check_rate("drop_path_rate", drop_path_rate)
-        self.config = config
+        check_at_least_one("num_classes", num_classes)
+        check_rate("drop_rate", drop_rate)
+        super().__init__(
+            variant,
+            in_chans=in_chans,
+            use_fused=use_fused,
+            drop_path_rate=drop_path_rate,
+            spatial_dynamic_relu=spatial_dynamic_relu,
+            initialise=False,
+        )
+        config = self.config
         self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.spatial_dynamic_relu = spatial_dynamic_relu
-        self._use_fused = use_fused
-
-        self.tokens = nn.Parameter(torch.empty(config.num_tokens, config.token_dim))
-        self.stem = ConvNorm(in_chans, config.stem_channels, 3, stride=2, activation="relu6", use_fused=use_fused)
-        self.blocks = nn.ModuleList()
-        channels = config.stem_channels
-        for index, block in enumerate(config.blocks):
-            drop_path = drop_path_rate * (index + 1) / len(config.blocks)
-            self.blocks.append(self._make_block(channels, block, drop_path))
-            channels = block.out_channels
         self.mobile_to_former = MobileToFormer(
-            channels, config.token_dim, drop_path=drop_path_rate, use_fused=use_fused
+            config.feature_channels, config.token_dim, drop_path=drop_path_rate, use_fused=use_fused
         )
         self.head = Head(config, num_classes, drop_rate=drop_rate, use_fused=use_fused)
+        self.initialise()
 
-        nn.init.normal_(self.tokens)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
+    @classmethod
+    def from_metadata(cls, metadata: Network, **arguments: Any) -> Self:
+        """A fresh network of the variant, classes, channels and slopes that `metadata` tells of.
 
-    @property
-    def variant(self) -> str:
-        """Name of the variant, for instance "294m"."""
-        return self.config.name
-
-    @property
-    def use_fused(self) -> bool:
-        """Whether the model was built on the fused operators. Fixed: build another model to change it."""
-        return self._use_fused
+        `metadata` may be another network too, which tells the same. Other arguments are the class's own, and stand
+        in place of what is told. Raises ValueError for one out of range.
+        """
+        told = {
+            "variant": metadata.variant,
+            "num_classes": metadata.num_classes,
+            "in_chans": metadata.in_chans,
+            "spatial_dynamic_relu": metadata.spatial_dynamic_relu,
+        }
+        return cls(**{**told, **arguments})
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,in_chans,H,W) -> logits (B,num_classes)."""
@@ -129,63 +119,6 @@ class Classifier(nn.Module):
         """What `forward_features` gave -> logits (B,num_classes), or the vector (B,hidden) before them."""
         return self.head(features, tokens, pre_logits)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are run again in the backward pass instead of keeping what they computed.
-
-        The memory that a training step takes for activations falls to the maps between blocks and one block's inside;
-        it costs a second forward pass. Logits, gradients and running statistics stay the same. It is not part of the
-        state dict, and without a gradient nothing changes.
-        """
-        self._grad_checkpointing = enable
-
-    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B,in_chans,H,W) -> map (B,stem,ceil(H/2),ceil(W/2)), tokens (B,M,D): what the first block gets."""
-        self._check_input(x)
-        if self._use_fused and not is_transformed():
-            # Once, here: every operator and convolution after it keeps the layout of its input. Grouped
-            # convolutions are several times slower in channels_last, so the variant that has them stays with
-            # planes.
-            planes = self.config.groups > 1
-            x = x.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
-            if self.in_chans == 1 and not planes:
-                # One channel lies the same in both layouts, and its strides say planes: these say channels_last.
-                x = x.reshape(x.shape[0], x.shape[2], x.shape[3], 1).permute(0, 3, 1, 2)
-        return self.stem(x), self.tokens.repeat(x.shape[0], 1, 1)
-
-    def _through(self, block: nn.Module, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """One block's map and tokens."""
-        if self._grad_checkpointing and torch.is_grad_enabled():
-            return recomputed(block, x, tokens)
-        return block(x, tokens)
-
-    def _make_block(self, in_channels: int, block: BlockConfig, drop_path: float) -> nn.Module:
-        groups = self.config.groups
-        if block.kind == "lite":
-            return LiteBlock(in_channels, block, groups=groups, use_fused=self._use_fused)
-        kind = SameBlock if block.kind == "same" else DownBlock
-        return kind(
-            in_channels,
-            block,
-            token_dim=self.config.token_dim,
-            groups=groups,
-            spatial_dynamic_relu=self.spatial_dynamic_relu,
-            drop_path=drop_path,
-            use_fused=self._use_fused,
-        )
-
-    def _check_input(self, x: Tensor) -> None:
-        if isinstance(x, Proxy):  # of torch.fx.symbolic_trace: the graph is for any shape
-            return
-        if x.ndim != 4:
-            raise ValueError(f"x: expected 4 dimensions (B, {self.in_chans}, H, W), got shape {tuple(x.shape)}")
-        if x.shape[1] != self.in_chans:
-            raise ValueError(f"x: expected {self.in_chans} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
-        if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
-            raise ValueError(f"x: expected height and width of at least {MIN_SIZE}, got {x.shape[2]} x {x.shape[3]}")
-        expected = self.tokens.dtype
-        if x.dtype != expected and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise TypeError(f"x: expected dtype {expected} like the model's parameters, got {x.dtype}")
-
 
 def unwrap(model: Any) -> Classifier:
     """The model inside `torch.compile`'s or DistributedDataParallel's wrapper. Raises TypeError for anything else."""
@@ -194,13 +127,3 @@ def unwrap(model: Any) -> Classifier:
     if not isinstance(model, Classifier):
         raise TypeError(f"model: expected a mobileformer.Model, got {type(model).__name__}")
     return model
-
-
-def _check_at_least_one(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-
-
-def _check_rate(name: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")

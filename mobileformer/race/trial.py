@@ -23,7 +23,15 @@ from torch import Tensor, nn
 import mf_kernels
 import mobileformer
 from mobileformer.inference import InferenceModel
-from mobileformer.measure.difference import Difference, difference, lively_weights_
+from mobileformer.measure.difference import (
+    GRADIENT_BOUNDS,
+    LOGIT_BOUNDS,
+    Difference,
+    difference,
+    lively_weights_,
+    relative_norm,
+    why_wrong,
+)
 from mobileformer.measure.timing import Timing, interleaved
 
 __all__ = ["EAGER", "RUNTIMES", "Contender", "Trial", "stack_photo"]
@@ -32,14 +40,6 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 EAGER = ("eager", "eager channels_last")
 RUNTIMES = ("onnxruntime", "openvino")
-
-# Beyond these a contender is not timed.
-# Logits: largest |difference| from the float64 reference over the largest |logit|. Plain PyTorch has 2e-6 in
-# float32, 2e-2 in bfloat16, 2e-4 when training, where the batch's own statistics amplify rounding.
-# Gradients: norm of the difference over the norm. Plain PyTorch has up to 1e-2: where rounding pushes a value
-# across a kink of an activation, its gradient changes at once.
-LOGIT_BOUNDS = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 0.1}
-TRAINING_LOGIT_BOUND, TRAINING_GRADIENT_BOUND = 1e-3, 5e-2
 
 
 @dataclass
@@ -82,7 +82,6 @@ class Trial:
     ) -> None:
         self.dtype, self.device, self.train = dtype, torch.device(device), train
         self.contenders: list[Contender] = []
-        self._variant = variant
         self._plain = mobileformer.Model(variant, num_classes=num_classes, in_chans=x.shape[1], use_fused=False)
         lively_weights_(self._plain, seed)
         self._x = x.to(self.device, dtype)
@@ -100,9 +99,8 @@ class Trial:
                 self.contenders.append(Contender(name, self._runtime(name), [], self._x))
                 continue
             if name.startswith("fused"):
-                plain = self._plain
-                model = mobileformer.Model(self._variant, num_classes=plain.num_classes, in_chans=plain.in_chans)
-                mobileformer.load_weights(model, self._plain.state_dict())
+                model = mobileformer.Model.from_metadata(self._plain)
+                model.load_state_dict(self._plain.state_dict())
             model = copy.deepcopy(model).to(self.device, self.dtype).train(self.train)
             x, network = self._x, model
             if name == "eager channels_last":
@@ -120,8 +118,8 @@ class Trial:
         Raises ExportError where the runtime or what writes its files is missing, RuntimeError where it cannot compute
         in this dtype.
         """
-        from mobileformer import runtimes
         from mobileformer.export.job import require
+        from mobileformer.race import runtimes
 
         require("export", "onnx", "onnxscript", name)
         shape, threads = tuple(self._x.shape), torch.get_num_threads()
@@ -157,18 +155,14 @@ class Trial:
                 contender.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
                 continue
             contender.difference = difference(logits, self.reference)
-            bound = TRAINING_LOGIT_BOUND if self.train else LOGIT_BOUNDS[self.dtype]
-            self._hold(contender, "logits", contender.difference.relative, bound)
+            bound = LOGIT_BOUNDS["training" if self.train else "inference"][self.dtype]
+            wrong = why_wrong("logits", contender.difference.relative, bound)
             if gradient is not None and self._gradient is not None:
-                off = ((gradient - self._gradient).norm() / self._gradient.norm()).item()
-                contender.gradient_difference = off
-                self._hold(contender, "gradients", off, TRAINING_GRADIENT_BOUND)
+                contender.gradient_difference = off = relative_norm([gradient], [self._gradient])
+                bound = GRADIENT_BOUNDS["training"][self.dtype]
+                wrong = wrong or why_wrong("gradients", off, bound, of="their norm")
+            contender.error = wrong and f"{wrong}: not timed"
         return all(contender.right for contender in self.contenders)
-
-    @staticmethod
-    def _hold(contender: Contender, what: str, off: float, bound: float) -> None:
-        if not off <= bound:  # written so that NaN does not pass
-            contender.error = f"{what} are off by {off:.1e} of the reference, more than {bound:g}: not timed"
 
     def time(self, repeats: int, progress: Progress = iter) -> None:
         """Time, in turns, the contenders that `check` found right."""

@@ -18,6 +18,6 @@ except ImportError as error:
     raise ImportError(f"mobileformer.timm needs timm ({error}): pip install 'mobileformer[timm]'") from error
 
 from mobileformer.timm.mobileformer import default_cfgs
-from mobileformer.timm.network import MobileFormer, checkpoint_filter_fn
+from mobileformer.timm.model import MobileFormer, checkpoint_filter_fn
 
 __all__ = ["MobileFormer", "checkpoint_filter_fn", "default_cfgs"]

@@ -12,7 +12,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, MIN_SIZE, VARIANTS
 from mobileformer.data import CROP_FRACTION
 from mobileformer.pretrained import shipped_weights
-from mobileformer.timm.network import MobileFormer, checkpoint_filter_fn
+from mobileformer.timm.model import MobileFormer, checkpoint_filter_fn
 from mobileformer.weights.load import read_metadata
 
 __all__ = ["default_cfgs"]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mobileformer.network.blocks import TokenBlock
 from mobileformer.network.classifier import Classifier, unwrap
-from mobileformer.network.layers import BRIDGE_HEADS, FormerToMobile, KernelModule, MobileToFormer
+from mobileformer.network.convolution import KernelModule
+from mobileformer.network.layers import BRIDGE_HEADS, FormerToMobile, MobileToFormer
 
 __all__ = [
     "PATH",

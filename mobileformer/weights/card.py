@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mobileformer.config import MIN_SIZE
 from mobileformer.files.metadata import Metadata
-from mobileformer.models import Model
+from mobileformer.network.classifier import Classifier
 
 __all__ = ["card_text", "multiply_adds"]
 
@@ -54,13 +54,7 @@ An image classifier: a light convolutional network with a handful of tokens besi
 def multiply_adds(metadata: Metadata, size: int) -> int:
     """Of one image of that size, as PyTorch's own counter has it: two operations are one multiply-add."""
     with torch.device("meta"):
-        model = Model(
-            metadata.variant,
-            num_classes=metadata.num_classes,
-            in_chans=metadata.in_chans,
-            use_fused=False,
-            spatial_dynamic_relu=metadata.spatial_dynamic_relu,
-        ).eval()
+        model = Classifier.from_metadata(metadata, use_fused=False).eval()
         image = torch.empty(1, metadata.in_chans, size, size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from mobileformer.config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
 from mobileformer.files.metadata import Metadata, WeightsError, check, decode, describe, encode
 from mobileformer.files.replacing import replacing
 from mobileformer.inference.folded import FORMAT as FOLDED_FORMAT
+from mobileformer.layout import state_shapes
 from mobileformer.models import Model
 from mobileformer.network.classifier import Classifier, unwrap
 from mobileformer.weights.checkpoint import open_weights, read_header
@@ -107,17 +107,11 @@ def load_model(path: str | os.PathLike[str], *, use_fused: bool = True, average:
     """
     name, contents = _read(path, average)
     metadata = _metadata(contents, name)
-    arguments: dict[str, Any] = {
-        "variant": metadata.variant,
-        "num_classes": metadata.num_classes,
-        "in_chans": metadata.in_chans,
-        "spatial_dynamic_relu": metadata.spatial_dynamic_relu,
-    }
     with torch.device("meta"):  # compared without memory: a text may tell of any number of classes
-        outline = Model(**arguments, use_fused=False)
+        outline = Classifier.from_metadata(metadata, use_fused=False)
     official_names, state = _our_names(contents.state, outline, name)
     _fit(name, outline, outline.state_dict(), state, official_names)
-    model = Model(**arguments, use_fused=use_fused)
+    model = Model.from_metadata(metadata, use_fused=use_fused)
     _copy_into(model, state, set())
     if contents.note:
         warnings.warn(contents.note, stacklevel=2)
@@ -305,14 +299,6 @@ def _parse_metadata(header: Mapping[str, str], name: str) -> Metadata | None:
     return decode(header, name, form=FORMAT, version=FORMAT_VERSION)
 
 
-@functools.cache
-def _shapes(variant: str) -> dict[str, torch.Size]:
-    """Our keys and shapes for one variant, with one class and one channel, without allocating anything."""
-    with torch.device("meta"):
-        model = Model(variant, num_classes=1, in_chans=1, use_fused=False)
-    return {key: value.shape for key, value in model.state_dict().items() if key not in _NEW_HEAD}
-
-
 def _metadata(contents: Contents, name: str) -> Metadata:
     """What the contents say of themselves, or what their shapes say, and the recipe of a training run."""
     metadata = _parse_metadata(contents.header, name)
@@ -333,9 +319,11 @@ def _infer_metadata(state: dict[str, Tensor], name: str) -> Metadata:
     """The variant, classes and channels that the shapes of a state dict belong to."""
     for variant, config in VARIANTS.items():
         named = {**state, **{ours: state[key] for key, ours in to_ours(state, config).items()}}
-        shapes = _shapes(variant)
+        shapes = state_shapes(config, num_classes=1, in_chans=1)
         fits = all(
-            key in named and (named[key].shape == shape or key == _CHANNELS_KEY) for key, shape in shapes.items()
+            key in named and (named[key].shape == shape or key == _CHANNELS_KEY)
+            for key, shape in shapes.items()
+            if key not in _NEW_HEAD
         )
         if fits and named[_CHANNELS_KEY].ndim == 4 and _CLASSES_KEY in named and named[_CLASSES_KEY].ndim == 2:
             in_chans = named[_CHANNELS_KEY].shape[1]

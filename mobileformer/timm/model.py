@@ -12,13 +12,10 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from mobileformer.config import VariantConfig
 from mobileformer.models import Model
 from mobileformer.weights.keys import to_official, to_ours
 
 __all__ = ["MobileFormer", "checkpoint_filter_fn"]
-
-FIRST_STRIDE = 4  # of the first stage; the stem before it is no stage
 
 
 class MobileFormer(Model):
@@ -62,7 +59,11 @@ class MobileFormer(Model):
             drop_path_rate=drop_path_rate,
             spatial_dynamic_relu=spatial_dynamic_relu,
         )
-        self.stage_ends, self.feature_info = _stages(self.config)
+        self.stage_ends = tuple(stage.last_block for stage in self.config.stages)
+        self.feature_info: list[dict[str, Any]] = [  # what timm's `FeatureInfo` asks for
+            {"num_chs": stage.channels, "reduction": stage.stride, "module": f"blocks.{stage.last_block}"}
+            for stage in self.config.stages
+        ]
         self.num_features = self.config.feature_channels
         self.head_hidden_size = self.config.hidden_features
         self.global_pool = _check_pool(global_pool)
@@ -219,21 +220,6 @@ class _NoHead(nn.Module):
 
     def forward(self, features: Tensor, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         return features
-
-
-def _stages(config: VariantConfig) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
-    """(the last block of each stage, what timm's `FeatureInfo` asks about it)."""
-    ends: dict[int, int] = {}
-    stride = 2
-    for index, block in enumerate(config.blocks):
-        stride *= block.stride
-        ends[stride] = index
-    stages = {stride: index for stride, index in ends.items() if stride >= FIRST_STRIDE}
-    info = [
-        {"num_chs": config.blocks[index].out_channels, "reduction": stride, "module": f"blocks.{index}"}
-        for stride, index in stages.items()
-    ]
-    return tuple(stages.values()), info
 
 
 def _as_list(indices: int | Sequence[int] | None) -> int | list[int] | None:

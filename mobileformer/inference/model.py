@@ -22,7 +22,7 @@ from mobileformer.inference.folded import FoldedNetwork
 from mobileformer.inference.folding import arrays_of, folded_copy, hooked_part, parts_of_its_own
 from mobileformer.inference.threads import check_threads, most_threads, thread_count
 from mobileformer.network.classifier import Classifier
-from mobileformer.network.layers import ConvNorm
+from mobileformer.network.convolution import ConvNorm
 from mobileformer.network.parts import watched_globally
 
 __all__ = ["DTYPES", "InferenceModel"]
