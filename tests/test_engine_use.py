@@ -202,6 +202,39 @@ def test_the_compiled_network_checks_for_itself(run: Engine) -> None:
         module.Network(_plain(network), arrays, "float32", 1, "sse9")
 
 
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["26m", "96m"])
+def test_a_network_without_a_classifier_gives_maps_and_tokens(variant: str, dtype: str, isa: str) -> None:
+    """What a detector is built on: the backbone's arrays alone, and the same bits as with a classifier."""
+    network = folded(variant)
+    module = library.library()
+    from mobileformer.inference.engine import _plain
+
+    config = _plain(network) | {"num_classes": 0}
+    arrays = {name: array for name, array in network.arrays.items() if not name.startswith("head.")}
+    assert module.array_shapes(config).keys() == arrays.keys()
+    with pytest.raises(ValueError, match=r"head\.[a-z.]+ is not part of this network"):
+        module.Network(config, dict(network.arrays), dtype, 1, isa)
+    with pytest.raises(ValueError, match=r"head\.[a-z.]+ is missing"):
+        module.Network(_plain(network), arrays, dtype, 1, isa)
+    whole = Engine(network, dtype, isa=isa)
+    for threads in (1, 3):
+        backbone = module.Network(config, arrays, dtype, threads, isa)
+        for shape in ((1, 64, 64), (2, 33, 47), (11, 64, 40)):
+            x = image(*shape)
+            maps, tokens = backbone.forward_features(x)
+            expected_maps, expected_tokens = whole.forward_features(x)
+            np.testing.assert_array_equal(tokens, expected_tokens)
+            for actual, expected in zip(maps, expected_maps, strict=True):
+                np.testing.assert_array_equal(actual, expected)
+        stages = backbone.stages(x)
+        assert {"pooled", "hidden", "logits"} == whole.stages(x).keys() - stages.keys()
+        assert not any(name.startswith("head") for name, _, _ in backbone.profile(x, 1))
+        with pytest.raises(ValueError, match="forward: this network has no classifier, only forward_features"):
+            backbone.forward(x)
+
+
 # Instruction sets
 
 

@@ -81,6 +81,25 @@ Config read_config(const py::dict& given) {
   return config;
 }
 
+constexpr std::pair<const char*, Precision> PRECISIONS[] = {{"float32", Precision::float32},
+                                                            {"bfloat16", Precision::bfloat16}};
+
+Precision precision_of(const std::string& dtype) {
+  std::string names;
+  for (const auto& [name, precision] : PRECISIONS) {
+    if (dtype == name) return precision;
+    names += (names.empty() ? "" : " or ") + std::string(name);
+  }
+  throw std::invalid_argument("dtype: expected " + names + ", got " + dtype);
+}
+
+std::string name_of(Precision wanted) {
+  for (const auto& [name, precision] : PRECISIONS) {
+    if (precision == wanted) return name;
+  }
+  throw std::logic_error("a precision without a name");
+}
+
 const Kernels& choose(const std::string& isa) {
   const std::vector<const Kernels*> able = runnable();
   if (isa.empty()) return *able.back();
@@ -104,9 +123,7 @@ class PyNetwork {
  public:
   PyNetwork(const py::dict& config, const py::dict& given, const std::string& dtype, int threads,
             const std::string& isa) {
-    if (dtype != "float32" && dtype != "bfloat16") {
-      throw std::invalid_argument("dtype: expected float32 or bfloat16, got " + dtype);
-    }
+    const Precision precision = precision_of(dtype);
     if (threads < 1) throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
     Arrays arrays;
     std::vector<Floats> held;
@@ -122,11 +139,14 @@ class PyNetwork {
     const Kernels& kernels = choose(isa);
     const Config read = read_config(config);
     Unlocked unlocked;
-    network_ = std::make_unique<Network>(read, arrays, dtype == "bfloat16", threads, kernels);
+    network_ = std::make_unique<Network>(read, arrays, precision, threads, kernels);
   }
 
   Floats forward(const py::array& x) const {
     const Images images = read(x);
+    if (network_->config.num_classes == 0) {
+      throw std::invalid_argument("forward: this network has no classifier, only forward_features");
+    }
     Floats logits({images.batch, network_->config.num_classes});
     float* to = logits.mutable_data();
     Unlocked unlocked;
@@ -160,10 +180,10 @@ class PyNetwork {
     stages.batch = images.batch;
     Extras extras;
     extras.stages = &stages;
-    std::vector<float> logits(size_t(images.batch) * network_->config.num_classes);
+    std::vector<float> logits = logits_of(images);
     {
       Unlocked unlocked;
-      network_->run(images, logits.data(), extras);
+      network_->run(images, logits.empty() ? nullptr : logits.data(), extras);
     }
     py::dict result;
     for (const std::string& name : stages.order) {
@@ -180,14 +200,14 @@ class PyNetwork {
   py::list profile(const py::array& x, int repeats) const {
     const Images images = read(x);
     Profile least;  // of each stage the fastest run
-    std::vector<float> logits(size_t(images.batch) * network_->config.num_classes);
+    std::vector<float> logits = logits_of(images);
     {
       Unlocked unlocked;
       for (int i = 0; i < repeats; ++i) {
         Profile profile;
         Extras extras;
         extras.profile = &profile;
-        network_->run(images, logits.data(), extras);
+        network_->run(images, logits.empty() ? nullptr : logits.data(), extras);
         for (const Profile::Row& row : profile.rows) {
           Profile::Row& kept = least[row.name];
           kept.seconds = i == 0 ? row.seconds : std::min(kept.seconds, row.seconds);
@@ -203,10 +223,15 @@ class PyNetwork {
   }
 
   std::string isa() const { return network_->kernels.name; }
-  std::string dtype() const { return network_->bf16 ? "bfloat16" : "float32"; }
+  std::string dtype() const { return name_of(network_->precision); }
   int threads() const { return network_->threads; }
 
  private:
+  // Room for the logits; none where there is no classifier
+  std::vector<float> logits_of(const Images& images) const {
+    return std::vector<float>(size_t(images.batch) * network_->config.num_classes);
+  }
+
   Images read(const py::array& x) const {
     const Config& config = network_->config;
     const bool bytes = py::isinstance<py::array_t<uint8_t>>(x), floats = py::isinstance<py::array_t<float>>(x);
@@ -248,7 +273,7 @@ PYBIND11_MODULE(_engine, module) {
   module.def("isas", [] { return names_of(runnable()); }, "Instruction sets that this CPU runs, the best one last");
   module.def("compiled", [] { return names_of(compiled()); }, "Instruction sets that were compiled");
   module.def(
-      "array_shapes", [](const py::dict& config) { return Weights::shapes_of(read_config(config)); }, py::arg("config"),
+      "array_shapes", [](const py::dict& config) { return Network::shapes_of(read_config(config)); }, py::arg("config"),
       "{name: shape} of the arrays that a network of this configuration takes");
   py::class_<PyNetwork>(module, "Network")
       .def(py::init<const py::dict&, const py::dict&, const std::string&, int, const std::string&>(), py::arg("config"),

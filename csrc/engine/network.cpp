@@ -1,7 +1,6 @@
 #include "engine/network.h"
 
 #include <algorithm>
-#include <numeric>
 #include <stdexcept>
 
 #include "engine/pass.h"
@@ -20,28 +19,29 @@ void run_alone(const F& body) {
 
 }  // namespace
 
-float* Stages::place(const std::string& name, std::vector<long> shape, int image) {
-  size_t size = 1;
-  for (long side : shape) size *= size_t(side);
-  auto [at, is_new] = named.try_emplace(name);
-  if (is_new) {
-    order.push_back(name);
-    at->second = {std::move(shape), std::vector<float>(size * batch)};
+Network::Packed Network::pack(const Config& config, const Arrays* arrays, Precision precision, const Kernels& kernels,
+                              Shapes* shapes) {
+  if (config.num_classes < 0) {
+    throw std::invalid_argument("config: num_classes: expected at least 0, got " + std::to_string(config.num_classes));
   }
-  return at->second.values.data() + size * image;
+  Packed packed;
+  Reader read(arrays);
+  LayerBuilder build(config, read, packed.arena, precision, kernels);
+  packed.backbone = Weights(config, build);
+  if (config.num_classes > 0) packed.classifier.emplace(config, build);
+  read.finish();
+  if (shapes) *shapes = read.asked();
+  return packed;
 }
 
-Profile::Row& Profile::operator[](const std::string& name) {
-  const auto [at, is_new] = index.try_emplace(name, rows.size());
-  if (is_new) rows.push_back({name});
-  return rows[at->second];
-}
+Network::Network(const Config& config, const Arrays& arrays, Precision precision, int threads, const Kernels& kernels)
+    : config(config), kernels(kernels), precision(precision), threads(threads),
+      packed_(pack(config, &arrays, precision, kernels, nullptr)), team_(threads) {}
 
-Network::Network(const Config& config, const Arrays& arrays, bool bf16, int threads, const Kernels& kernels)
-    : config(config), kernels(kernels), bf16(bf16), threads(threads), weights_(config, arrays, bf16, kernels),
-      team_(threads) {
-  in_order_.resize(std::max(weights_.fc.inputs, weights_.classifier.inputs));
-  std::iota(in_order_.begin(), in_order_.end(), 0);
+Shapes Network::shapes_of(const Config& config) {
+  Shapes shapes;
+  pack(config, nullptr, Precision::float32, *runnable().front(), &shapes);
+  return shapes;
 }
 
 void Network::map_shapes(int height, int width, std::vector<MapShape>& shapes) const {
@@ -62,43 +62,56 @@ void Network::map_shapes(int height, int width, std::vector<MapShape>& shapes) c
   }
 }
 
-std::unique_ptr<Workspace> Network::borrow(int height, int width, int members, int images) const {
+std::unique_ptr<Network::Space> Network::make_space(int height, int width, int members, int images) const {
+  const std::optional<Classifier>& classifier = packed_.classifier;
+  auto space = std::unique_ptr<Space>(new Space{Workspace(config, packed_.backbone, kernels, height, width, members,
+                                                          images, classifier ? classifier->pieces() : 0),
+                                                {}});
+  Workspace& own = space->backbone;
+  if (classifier) space->classifier = classifier->space_for(own.results[0].back().out, own.arena, kernels);
+  return space;
+}
+
+std::unique_ptr<Network::Space> Network::borrow(int height, int width, int members, int images) const {
   {
     std::lock_guard lock(spaces_mutex_);
     auto small = spaces_.end();
     for (auto at = spaces_.begin(); at != spaces_.end(); ++at) {
-      if ((*at)->height != height || (*at)->width != width) continue;
-      if (int((*at)->scratch.size()) >= members && (*at)->images >= images) {
-        std::unique_ptr<Workspace> space = std::move(*at);
+      if ((*at)->backbone.height != height || (*at)->backbone.width != width) continue;
+      if (int((*at)->backbone.scratch.size()) >= members && (*at)->backbone.images >= images) {
+        std::unique_ptr<Space> space = std::move(*at);
         spaces_.erase(at);
         return space;
       }
-      if (int((*at)->scratch.size()) <= members && (*at)->images <= images) small = at;
+      if (int((*at)->backbone.scratch.size()) <= members && (*at)->backbone.images <= images) small = at;
     }
     if (small != spaces_.end()) spaces_.erase(small);  // the one to be made serves wherever this one did
   }
-  return std::make_unique<Workspace>(config, weights_, kernels, height, width, members, images);
+  return make_space(height, width, members, images);
 }
 
-void Network::give_back(std::unique_ptr<Workspace> space) const {
+void Network::give_back(std::unique_ptr<Space> space) const {
   std::lock_guard lock(spaces_mutex_);
   if (spaces_.size() == KEPT) spaces_.erase(spaces_.begin());
   spaces_.push_back(std::move(space));
 }
 
+std::unique_ptr<Network::CallSpace> Network::borrow_call() const {
+  std::lock_guard lock(spaces_mutex_);
+  if (calls_.empty()) return std::make_unique<CallSpace>();
+  std::unique_ptr<CallSpace> call = std::move(calls_.back());
+  calls_.pop_back();
+  return call;
+}
+
 void Network::run(const Images& images, float* logits, const Extras& extras) const {
-  if (images.batch == 0) return;
-  std::unique_ptr<CallSpace> call;
-  {
-    std::lock_guard lock(spaces_mutex_);
-    if (!calls_.empty()) {
-      call = std::move(calls_.back());
-      calls_.pop_back();
-    }
+  if (logits && !packed_.classifier) {
+    throw std::invalid_argument("logits: expected none, since this network has no classifier");
   }
-  if (!call) call = std::make_unique<CallSpace>();
-  const int width = weights_.fc.inputs;
-  call->joints.resize(size_t(images.batch) * width);
+  if (images.batch == 0) return;
+  const Classifier* classifier = logits ? &*packed_.classifier : nullptr;
+  std::unique_ptr<CallSpace> call = borrow_call();
+  if (classifier) classifier->prepare(call->batch, images.batch);
   map_shapes(images.height, images.width, call->shapes);
 
   // A batch is dealt out, some images that go together to a member. A team that is at work for another caller is not
@@ -112,67 +125,43 @@ void Network::run(const Images& images, float* logits, const Extras& extras) con
   for (int i = 0; i < shares; ++i) {
     call->spaces.push_back(borrow(images.height, images.width, shared ? members : 1, count));
   }
+  // Images [first, last) of the batch, which go together
+  const auto together = [&](Worker& worker, Space& space, int first, int last) {
+    // the linear layers of the classifier serve the whole batch at once: their weights come after its last images
+    const size_t end = !classifier            ? packed_.backbone.end
+                       : last == images.batch ? classifier->end()
+                                              : classifier->linear_at();
+    Member member{worker, Prefetcher(packed_.arena, end, worker), Timer(worker.rank == 0 ? extras.profile : nullptr)};
+    Pass pass(config, kernels, packed_.backbone, space.backbone, member, extras, call->shapes, first, last - first);
+    pass.run(images);
+    for (int i = 0; classifier && first + i < last; ++i) {
+      classifier->pool(pass.last_map(i), pass.tokens(i), kernels, space.classifier, member, call->batch, first + i,
+                       extras.stages);
+    }
+  };
   const auto body = [&](Worker& worker) {
     std::atomic<unsigned> nobody{0};
     Worker single(0, 1, &nobody, &nobody);
-    Worker& hands = shared ? worker : single;
     int first = 0, last = images.batch;
     if (!shared) worker.share(images.batch, 1, &first, &last);
-    Workspace& space = *call->spaces[shared ? 0 : worker.rank];
     for (int image = first; image < last; image += count) {
-      const int here = std::min(count, last - image);
-      Pass(*this, weights_, space, hands, extras, call->shapes, image, here).run(images);
-      if (hands.rank == 0) std::copy_n(space.joint, size_t(here) * width, call->joints.data() + size_t(image) * width);
-      hands.sync();  // nobody begins the next images while these are being read
+      together(shared ? worker : single, *call->spaces[shared ? 0 : worker.rank], image, std::min(image + count, last));
     }
   };
-  members > 1 ? team_.run(std::ref(body)) : run_alone(body);
+  const auto run = [&](const auto& each_member) {
+    members > 1 ? team_.run(std::ref(each_member)) : run_alone(each_member);
+  };
+  run(body);
   for (auto& space : call->spaces) give_back(std::move(space));
   call->spaces.clear();
-  if (logits) classify(*call, images.batch, logits, extras, members > 1);
+  if (classifier) {
+    Timer timer(extras.profile);
+    run([&](Worker& worker) { classifier->classify(kernels, worker, call->batch, images.batch); });
+    classifier->hand_out(call->batch, images.batch, logits, extras.stages);
+    if (timer.wanted()) timer.mark("head.fc, head.classifier", images.batch * classifier->multiply_adds());
+  }
   std::lock_guard lock(spaces_mutex_);
   if (calls_.size() < KEPT) calls_.push_back(std::move(call));
-}
-
-// The two last layers, on all images at once: their weights are the larger half of what an image reads
-void Network::classify(CallSpace& call, int batch, float* logits, const Extras& extras, bool together) const {
-  const auto start = std::chrono::steady_clock::now();
-  const auto linear = [&](const Linear& layer, const float* in, Act act, float* out, Worker& worker) {
-    Products products = layer.products;
-    products.offsets = in_order_.data();
-    Epilogue e;
-    e.bias = layer.bias;
-    e.act = act;
-    e.out = out;
-    e.out_block = BLOCK;
-    e.out_row = ptrdiff_t(blocks_of(layer.outputs)) * BLOCK;
-    int first, last;
-    worker.share(panel_count(products.vectors), 1, &first, &last);
-    kernels.pointwise(products, e, in, layer.inputs, 0, batch, first, last);
-  };
-  const size_t hidden_row = size_t(blocks_of(weights_.fc.outputs)) * BLOCK;
-  const size_t logits_row = size_t(blocks_of(weights_.classifier.outputs)) * BLOCK;
-  call.hidden.resize(batch * hidden_row);
-  call.logits.resize(batch * logits_row);
-  const auto body = [&](Worker& worker) {
-    linear(weights_.fc, call.joints.data(), Act::hardswish, call.hidden.data(), worker);
-    worker.sync();
-    linear(weights_.classifier, call.hidden.data(), Act::identity, call.logits.data(), worker);
-  };
-  together ? team_.run(std::ref(body)) : run_alone(body);
-  const int classes = config.num_classes;
-  for (int image = 0; image < batch; ++image) {
-    std::copy_n(call.logits.data() + image * logits_row, classes, logits + size_t(image) * classes);
-    if (!extras.stages) continue;
-    std::copy_n(call.hidden.data() + image * hidden_row, config.hidden_features,
-                extras.stages->place("hidden", {config.hidden_features}, image));
-    std::copy_n(logits + size_t(image) * classes, classes, extras.stages->place("logits", {classes}, image));
-  }
-  if (!extras.profile) return;
-  Profile::Row& row = (*extras.profile)["head.fc, head.classifier"];
-  row.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  row.multiply_adds += double(batch) * (double(weights_.fc.inputs) * config.hidden_features +
-                                        double(config.hidden_features) * config.num_classes);
 }
 
 }  // namespace mf::engine

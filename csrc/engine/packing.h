@@ -9,7 +9,7 @@
 #include <set>
 #include <stdexcept>
 
-#include "engine/weights.h"
+#include "engine/storage.h"
 
 namespace mf::engine {
 

@@ -4,23 +4,30 @@
 // the maps.
 #pragma once
 
-#include "engine/network.h"
+#include "engine/member.h"
+#include "engine/workspace.h"
 
 namespace mf::engine {
 
 class Pass {
  public:
-  Pass(const Network& network, const Weights& weights, Workspace& space, Worker& worker, const Extras& extras,
-       const std::vector<MapShape>& shapes, int first_image, int count)
-      : network(network), weights(weights), space(space), worker(worker), extras(extras), shapes(shapes),
-        first_image(first_image), count(count) {}
+  Pass(const Config& config, const Kernels& kernels, const Weights& weights, Workspace& space, Member& member,
+       const Extras& extras, const std::vector<MapShape>& shapes, int first_image, int count)
+      : config(config), kernels(kernels), weights(weights), space(space), member(member), worker(member.worker),
+        extras(extras), shapes(shapes), first_image(first_image), count(count) {}
 
   void run(const Images&);
 
+  // What that leaves of the `i`-th of these images
+  const Map& last_map(int i) const { return space.results[i].back().out; }
+  const float* tokens(int i) const { return space.tokens + ptrdiff_t(i) * config.num_tokens * config.token_dim; }
+
  private:
-  const Network& network;
+  const Config& config;
+  const Kernels& kernels;
   const Weights& weights;
   Workspace& space;
+  Member& member;
   Worker& worker;
   const Extras& extras;
   const std::vector<MapShape>& shapes;
@@ -36,23 +43,18 @@ class Pass {
   void lite(size_t i, const Images&);
   void same(size_t i);
   void down(size_t i);
-  void head();
-
-  // what is to come
-  void look_ahead(size_t at);
-  Ahead* ahead();
 
   // tokens
   void linear(const Linear&, const float* in, int in_row, int rows, float* out, int out_row, Act = Act::identity,
               const float* residual = nullptr);
   void normalise(const Norm&);
-  void gather(const MobileToFormer&, size_t block, float* queries);
+  void mobile_to_former(const MobileToFormer&, size_t block, float* queries);
   void attend(const Map& in, int span, int spans, const float* queries, int C);
   void join(int spans, int C);
   void token_side(size_t i);
   void slopes(const TokenSide&, int which, int reduced_row, const char* stage, const Places& order);
   void mix_tokens(const Map& in, int height, int width);
-  void spread(const BlockResult&);
+  void former_to_mobile(const BlockResult&);
 
   // maps
   Half flat_half(const Pointwise& reader, const DepthwiseLayer& made, int positions) const;
@@ -77,7 +79,7 @@ class Pass {
   void mark(const char* stage, double multiply_adds = 0);
 
   bool leader() const { return worker.rank == 0; }
-  bool spatial() const { return network.config.spatial_dynamic_relu; }
+  bool spatial() const { return config.spatial_dynamic_relu; }
 
   std::string full(const char* stage) const;
 
@@ -91,10 +93,6 @@ class Pass {
   int first_ = 0, last_ = 0;  // the images at work, counted from first_image
   int image_ = 0;             // and the one of them that is alone
   int block_ = -1;            // at work
-  bool ends_batch_ = true;    // no image comes after these
-  Ahead ahead_;
-  size_t asked_ = 0, ask_until_ = 0;  // bytes of the weights: asked for, and as far as they are to be
-  std::chrono::steady_clock::time_point marked_ = std::chrono::steady_clock::now();
 };
 
 }  // namespace mf::engine

@@ -1,4 +1,4 @@
-// What runs when, and the convolutions.
+// The convolutions of each kind of block.
 #include <algorithm>
 #include <cstring>
 
@@ -19,128 +19,6 @@ double multiply_adds(const DepthwiseLayer& layer, int positions) {
 
 }  // namespace
 
-void Pass::run(const Images& images) {
-  ends_batch_ = first_image + count == images.batch;
-  const size_t together = count == 1 ? weights.blocks.size() : space.first_together;
-  for (int i = 0; i < count; ++i) {
-    first_ = image_ = i;
-    last_ = i + 1;
-    begin(images);
-    for (size_t b = 0; b < together; ++b) block(b, images);
-  }
-  first_ = image_ = 0;
-  for (size_t b = together; b < weights.blocks.size(); ++b) block(b, images);
-  block_ = -1;
-  look_ahead(weights.head_at);
-  gather(weights.gather, weights.blocks.size(), space.gather_queries);
-  dump_tokens("tokens");
-  one_by_one([&] {
-    if (extras.tokens && leader()) {
-      const size_t size = size_t(network.config.num_tokens) * network.config.token_dim;
-      std::copy_n(space.tokens + image_ * size, size, extras.tokens + (first_image + image_) * size);
-    }
-    head();
-  });
-}
-
-// Where the first block cannot make it row by row, the first map; and the tokens that every image begins with
-void Pass::begin(const Images& images) {
-  const bool alone = worker.size == 1 && weights.blocks[0].config.kind == Kind::lite;
-  if (!alone) {  // members need rows of each other
-    int first, last;
-    worker.share(space.stem.height, 1, &first, &last);
-    stem(images, first, last);
-  }
-  if (leader()) {
-    const size_t size = size_t(network.config.num_tokens) * network.config.token_dim;
-    std::copy_n(weights.tokens, size, space.tokens + image_ * size);
-  }
-  worker.sync();
-}
-
-// Block `i` of all images at work
-void Pass::block(size_t i, const Images& images) {
-  const Block& block = weights.blocks[i];
-  block_ = int(i);
-  look_ahead(block.weights_at);
-  if (block.config.kind != Kind::lite) {
-    token_side(i);
-    look_ahead(block.maps_at);
-  }
-  one_by_one([&] {
-    switch (block.config.kind) {
-      case Kind::lite: lite(i, images); break;
-      case Kind::same: same(i); break;
-      case Kind::down: down(i); break;
-    }
-    if (i == 0) dump("stem", space.stem);
-    dump("", space.results[image_][i].out);
-    hand_out(i);
-  });
-}
-
-// The map that the image at work leaves block `i` with, where somebody asked for it
-void Pass::hand_out(size_t i) {
-  if (extras.maps.empty() || !leader()) return;
-  for (size_t level = 0; level < shapes.size(); ++level) {
-    if (shapes[level].block != int(i)) continue;
-    const Map& map = space.results[image_][i].out;
-    float* to = extras.maps[level] + size_t(first_image + image_) * map.channels * map.positions();
-    for (int c = 0; c < map.channels; ++c) {
-      for (int y = 0; y < map.height; ++y) {
-        const float* from = map.data + c / BLOCK * map.block + y * map.row + c % BLOCK;
-        for (int x = 0; x < map.width; ++x) *to++ = from[x * BLOCK];
-      }
-    }
-  }
-}
-
-// What block `i` reads of the image at work
-const Map& Pass::before(size_t i) const { return i == 0 ? space.stem : space.results[image_][i - 1].out; }
-
-// Slopes of a dynamic ReLU of the image at work, or of all its tokens
-const float* Pass::slopes_at(int which, const DepthwiseLayer& layer) const {
-  const int rows = spatial() ? network.config.num_tokens : 1;
-  return space.slopes[which] + ptrdiff_t(image_) * rows * 2 * ptrdiff_t(layer.places.size());
-}
-
-// Row `row` of the image to where the stem reads it; zeros above and below the image
-void Pass::image_row(const Images& images, int row) {
-  const int W = images.width, channels = images.channels;
-  Scratch& own = space.scratch[worker.rank];
-  float* to = own.image_rows + ptrdiff_t((row + 3) % 3) * channels * 2 * space.image_half;
-  for (int c = 0; c < channels; ++c, to += 2 * space.image_half) {
-    if (row < 0 || row >= images.height) {
-      std::fill_n(to, 2 * space.image_half, 0.0f);
-      continue;
-    }
-    const float* from = own.image_row;
-    if (images.floats) {
-      from = images.floats + ((size_t(first_image + image_) * channels + c) * images.height + row) * W;
-    } else {
-      const uint8_t* bytes = images.bytes + (size_t(first_image + image_) * images.height + row) * W * channels + c;
-      const float scale = 1.0f / (255.0f * network.config.std[c]);
-      const float shift = network.config.mean[c] / network.config.std[c];
-      for (int x = 0; x < W; ++x) own.image_row[x] = float(bytes[x * channels]) * scale - shift;
-    }
-    network.kernels.split_row(from, W, to, to + space.image_half);
-  }
-}
-
-// Rows [first, last) of the first map
-void Pass::stem(const Images& images, int first, int last) {
-  Stem s = weights.stem;
-  const Map& out = space.stem;
-  s.half = space.image_half;
-  const ptrdiff_t slot = ptrdiff_t(s.channels) * 2 * s.half;
-  for (int y = first; y < last; ++y) {
-    for (int r = y == first ? -1 : 0; r < 2; ++r) image_row(images, 2 * y + r);
-    for (int r = 0; r < 3; ++r) s.rows[r] = space.scratch[worker.rank].image_rows + (2 * y + r + 2) % 3 * slot;
-    network.kernels.stem(s, out.width, out.data + y * out.row, out.block);
-  }
-  mark("stem", 9.0 * s.channels * s.outputs * out.width * (last - first));
-}
-
 void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_row, const Map& out, int block,
                      const float* slopes, Act act, const Pointwise& reader, int first_row, int last_row) {
   Depthwise d;
@@ -151,14 +29,14 @@ void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_
   d.weight = layer.weight + ptrdiff_t(block) * 9 * BLOCK;
   d.bias = layer.bias + ptrdiff_t(block) * BLOCK;
   d.act = act;
-  d.ahead = ahead();
+  d.ahead = member.prefetch.lines();
   if (act == Act::dynamic_relu && !spatial()) {
     d.slope1 = slopes + ptrdiff_t(block) * BLOCK;
     d.slope2 = d.slope1 + layer.places.size();
   }
   const ptrdiff_t plane = ptrdiff_t(out.positions()) * BLOCK;
   const Half half = flat_half(reader, layer, out.positions());
-  const int run = network.kernels.half_run, blocks = int(layer.in_block.size());
+  const int run = kernels.half_run, blocks = int(layer.in_block.size());
   if (half.data && block + 1 == blocks && blocks * BLOCK % run != 0) {
     // the rest of the last run, which weights of zero meet: it must be numbers
     uint16_t* rest = half.data + (half.piece / half.run - 1) * half.run + BLOCK;
@@ -171,35 +49,35 @@ void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_
     float* plain = half.data ? space.scratch[worker.rank].plane : space.flat + block * plane;
     d.act = Act::identity;
     d.out = plain;
-    network.kernels.depthwise(d, first_row, last_row);
+    kernels.depthwise(d, first_row, last_row);
     float* begin = plain + ptrdiff_t(first_row) * out.width * BLOCK;
     spatial_relu(begin, ptrdiff_t(out.width) * BLOCK, out.width, first_row, last_row, slopes, int(layer.places.size()),
                  block);
     if (half.data) {
       Half rows = half;
       rows.data += ptrdiff_t(first_row) * out.width * run;
-      network.kernels.to_half(begin, (last_row - first_row) * out.width, rows, block);
+      kernels.to_half(begin, (last_row - first_row) * out.width, rows, block);
     }
     return;
   }
   d.half = half;
   d.half_block = block;
   if (!half.data) d.out = space.flat + block * plane;
-  network.kernels.depthwise(d, first_row, last_row);
+  kernels.depthwise(d, first_row, last_row);
 }
 
 // One block of channels, rows [first_row, last_row) of it beginning at x; slopes [M][2][places]
 void Pass::spatial_relu(float* x, ptrdiff_t row, int width, int first_row, int last_row, const float* slopes,
                         int places, int block) {
-  const int M = network.config.num_tokens;
+  const int M = config.num_tokens;
   float both[2 * MAX_TOKENS * BLOCK];
   for (int line = 0; line < 2; ++line) {
     for (int m = 0; m < M; ++m) {
       std::copy_n(slopes + ptrdiff_t(2 * m + line) * places + block * BLOCK, BLOCK, both + (line * M + m) * BLOCK);
     }
   }
-  network.kernels.spatial_relu(x, row, width, last_row - first_row,
-                               space.mix + ptrdiff_t(first_row) * width * MAX_TOKENS, both, M);
+  kernels.spatial_relu(x, row, width, last_row - first_row, space.mix + ptrdiff_t(first_row) * width * MAX_TOKENS, both,
+                       M);
 }
 
 // Depthwise, then pointwise: rows of the first stay in the cache until the second has read them
@@ -249,7 +127,7 @@ void Pass::same(size_t i) {
   if (spatial()) mix_tokens(in, own.height, own.width);
   const Pointwise& expand = block.expand;
   const void* from = expand.half() ? static_cast<const void*>(in.half.data) : in.data;
-  const int stride = expand.half() ? network.kernels.half_run : BLOCK;
+  const int stride = expand.half() ? kernels.half_run : BLOCK;
   const int places = int(block.depthwise.places.size());
   const float* slopes[] = {slopes_at(0, block.depthwise), slopes_at(1, block.depthwise)};
   float* panel = space.scratch[worker.rank].panel[i];
@@ -275,9 +153,9 @@ void Pass::same(size_t i) {
     }
     const int first_block = int(group_block) + window.first_block;
     const int above = std::max(0, first_row - 1), below = std::min(own.height, last_row + 1);  // rows that are read
-    products.ahead = ahead();
-    network.kernels.pointwise(products, e, from, stride, above * own.width, below * own.width, window.first_panel,
-                              window.last_panel);
+    products.ahead = member.prefetch.lines();
+    kernels.pointwise(products, e, from, stride, above * own.width, below * own.width, window.first_panel,
+                      window.last_panel);
     for (int b = 0; b < window.blocks; ++b) {
       float* x = inside + b * plane;
       if (spatial()) {
@@ -313,7 +191,7 @@ void Pass::same(size_t i) {
   mark(".expand", multiply_adds(block.expand, P));
   mark(".depthwise", multiply_adds(block.depthwise, P));
   dump(".project", result.out);
-  spread(result);
+  former_to_mobile(result);
 }
 
 void Pass::down(size_t i) {
@@ -331,45 +209,7 @@ void Pass::down(size_t i) {
                    own.project, result.out, &own.middle, false);
   mark(".expand, project", multiply_adds(block.second, P) + multiply_adds(block.project, P));
   dump(".project", result.out);
-  spread(result);
-}
-
-void Pass::head() {
-  const Map& in = before(weights.blocks.size());
-  Map& out = space.head;
-  const Pointwise& layer = weights.head;
-  const void* from = layer.half() ? static_cast<const void*>(in.half.data) : in.data;
-  const int stride = layer.half() ? network.kernels.half_run : BLOCK;
-  for (size_t g = 0; g < layer.groups.size(); ++g) {
-    Products products = layer.groups[g].products;
-    products.offsets = space.head_offsets[g].data();
-    products.piece = in.half.piece;
-    products.ahead = ahead();
-    Epilogue e;
-    e.bias = layer.bias + ptrdiff_t(g) * layer.group_blocks * BLOCK;
-    e.act = Act::relu6;
-    e.width = out.width;
-    e.out_block = out.block;
-    e.out_row = out.row;
-    e.out = out.data + ptrdiff_t(g) * layer.group_blocks * out.block;
-    int first, last;
-    worker.share(panel_count(products.vectors), 1, &first, &last);
-    network.kernels.pointwise(products, e, from, stride, 0, out.positions(), first, last);
-  }
-  worker.sync();
-  const int M = network.config.num_tokens, D = network.config.token_dim;
-  float* joint = space.joint + ptrdiff_t(image_) * (out.channels + D);
-  int first, last;
-  worker.share(out.blocks, 1, &first, &last);
-  for (int b = first; b < last; ++b) {
-    network.kernels.mean(out.data + b * out.block, out.positions(), joint + ptrdiff_t(b) * BLOCK);
-  }
-  if (leader()) std::copy_n(space.tokens + ptrdiff_t(image_) * M * D, D, joint + out.channels);
-  worker.sync();
-  if (extras.stages) {
-    std::copy_n(joint, out.channels, extras.stages->place("pooled", {out.channels}, first_image + image_));
-  }
-  mark("head.expand", double(layer.inputs) * layer.outputs * out.positions());
+  former_to_mobile(result);
 }
 
 }  // namespace mf::engine

@@ -1,44 +1,14 @@
-// Pointwise layers of an image, and asking for the weights that come after them.
+// Pointwise layers of an image.
 #include <algorithm>
 
 #include "engine/pass.h"
 
 namespace mf::engine {
-namespace {
-
-// Of the weights that are asked for before they are read. Three times as many leave hardly a gain: docs/engine.md.
-constexpr size_t AHEAD = size_t(4) << 20;
-
-}  // namespace
-
-// Weights are read once for the images at work: by the time they are needed again, the cache holds other ones, and
-// linear layers of a few tokens wait for the memory. So what is read within the next megabytes is asked for while convolutions leave the
-// memory idle. `at`: bytes of the weights before those that come next.
-void Pass::look_ahead(size_t at) {
-  // the last layers serve the whole batch at once
-  const size_t end = ends_batch_ ? weights.arena.taken() : weights.fc_at;
-  // nor is anything asked for that has been read meanwhile
-  if (const size_t left = ahead_.end - ahead_.at; asked_ - left < at) {
-    ahead_ = {};
-    asked_ = at;
-  }
-  ask_until_ = std::min(end, at + AHEAD);
-}
-
-Ahead* Pass::ahead() {
-  if (ahead_.at >= ahead_.end && asked_ < ask_until_) {
-    const auto range = weights.arena.range(asked_, ask_until_);
-    asked_ += range.size();
-    ahead_ = {range.data() + 64 * worker.rank, range.data() + range.size(), ptrdiff_t(64) * worker.size};
-  }
-  return &ahead_;
-}
-
 // The map in `flat` that `reader` takes as bfloat16, or a null one
 Half Pass::flat_half(const Pointwise& reader, const DepthwiseLayer& made, int positions) const {
   if (!reader.half()) return {};
   uint16_t* data = reinterpret_cast<uint16_t*>(space.flat);
-  return half_of(data, reader.pieces(), int(made.in_block.size()), positions, network.kernels);
+  return half_of(data, reader.pieces(), int(made.in_block.size()), positions, kernels);
 }
 
 // A pointwise layer from what `made` left in `flat` to positions [begin, end) of a map
@@ -49,7 +19,7 @@ void Pass::pointwise(const Pointwise& layer, const DepthwiseLayer& made, const O
   Products products = layer.groups[0].products;
   products.offsets = offsets[0].data();
   products.piece = piece;
-  products.ahead = ahead();
+  products.ahead = member.prefetch.lines();
   Epilogue e;
   e.bias = layer.bias;
   e.width = out.width;
@@ -64,8 +34,8 @@ void Pass::pointwise(const Pointwise& layer, const DepthwiseLayer& made, const O
   if (half) e.half = out.half;
   int first = 0, last = panel_count(products.vectors);
   if (by_panels) worker.share(last, 1, &first, &last);
-  const int stride = layer.half() ? network.kernels.half_run : BLOCK;
-  network.kernels.pointwise(products, e, space.flat, stride, begin, end, first, last);
+  const int stride = layer.half() ? kernels.half_run : BLOCK;
+  kernels.pointwise(products, e, space.flat, stride, begin, end, first, last);
 }
 
 // Group by group for a few positions, and then their channels in the order of the map
@@ -75,7 +45,7 @@ void Pass::grouped(const Pointwise& layer, ptrdiff_t piece, const Offsets& offse
   const int each = layer.outputs / int(layer.groups.size());
   float* made = space.scratch[worker.rank].grouped;
   float ordered[MAX_GROUPED + 4 * BLOCK] = {};
-  const int stride = layer.half() ? network.kernels.half_run : BLOCK;
+  const int stride = layer.half() ? kernels.half_run : BLOCK;
   const size_t element = layer.half() ? sizeof(uint16_t) : sizeof(float);
   for (int at = begin; at < end; at += chunk) {
     const int count = std::min(chunk, end - at);
@@ -83,14 +53,14 @@ void Pass::grouped(const Pointwise& layer, ptrdiff_t piece, const Offsets& offse
       Products products = layer.groups[g].products;
       products.offsets = offsets[g].data();
       products.piece = piece;
-      products.ahead = ahead();
+      products.ahead = member.prefetch.lines();
       Epilogue e;
       e.bias = layer.bias + ptrdiff_t(g) * layer.group_blocks * BLOCK;
       e.width = count;
       e.out = made + ptrdiff_t(g) * layer.group_blocks * chunk * BLOCK;
       e.out_block = ptrdiff_t(chunk) * BLOCK;
       const char* from = reinterpret_cast<const char*>(space.flat) + size_t(at) * stride * element;
-      network.kernels.pointwise(products, e, from, stride, 0, count, 0, panel_count(products.vectors));
+      kernels.pointwise(products, e, from, stride, 0, count, 0, panel_count(products.vectors));
     }
     int y = at / out.width, x = at % out.width;
     for (int p = 0; p < count; ++p) {
@@ -120,9 +90,9 @@ void Pass::grouped(const Pointwise& layer, ptrdiff_t piece, const Offsets& offse
   }
   if (!half) return;
   Half to = out.half;
-  to.data += ptrdiff_t(begin) * network.kernels.half_run;
+  to.data += ptrdiff_t(begin) * kernels.half_run;
   for (int b = 0; b < out.blocks; ++b) {
-    network.kernels.to_half(out.data + b * out.block + ptrdiff_t(begin) * BLOCK, end - begin, to, b);
+    kernels.to_half(out.data + b * out.block + ptrdiff_t(begin) * BLOCK, end - begin, to, b);
   }
 }
 

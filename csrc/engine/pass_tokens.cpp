@@ -1,4 +1,4 @@
-// Tokens, both bridges, and looking inside.
+// Tokens and both bridges.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -62,21 +62,21 @@ void Pass::linear(const Linear& layer, const float* in, int in_row, int rows, fl
   e.residual_row = out_row;
   int first, last;
   worker.share(panel_count(products.vectors), 1, &first, &last);
-  network.kernels.pointwise(products, e, in, in_row, 0, (last_ - first_) * rows, first, last);
+  kernels.pointwise(products, e, in, in_row, 0, (last_ - first_) * rows, first, last);
   worker.sync();
 }
 
 void Pass::normalise(const Norm& norm) {
-  const int M = network.config.num_tokens, D = network.config.token_dim;
+  const int M = config.num_tokens, D = config.token_dim;
   int first, last;
   worker.share((last_ - first_) * M, 1, &first, &last);
-  network.kernels.layer_norm(space.tokens + ptrdiff_t(first_ * M + first) * D, norm.weight, norm.bias, D, last - first);
+  kernels.layer_norm(space.tokens + ptrdiff_t(first_ * M + first) * D, norm.weight, norm.bias, D, last - first);
   worker.sync();
 }
 
 // tokens <- norm(tokens + project(gate * attention of the tokens over the map's positions))
-void Pass::gather(const MobileToFormer& part, size_t block, float* queries) {
-  const int M = network.config.num_tokens, D = network.config.token_dim, C = part.channels;
+void Pass::mobile_to_former(const MobileToFormer& part, size_t block, float* queries) {
+  const int M = config.num_tokens, D = config.token_dim, C = part.channels;
   const int blocks = blocks_of(C), half_row = blocks * BLOCK, row = 2 * half_row;
   linear(part.query_and_gate, space.tokens, D, M, space.query_gate, row);
   one_by_one([&] {
@@ -100,7 +100,7 @@ void Pass::gather(const MobileToFormer& part, size_t block, float* queries) {
 
 // The tokens' attention over span `i` of a map
 void Pass::attend(const Map& in, int i, int spans, const float* queries, int C) {
-  const int M = network.config.num_tokens;
+  const int M = config.num_tokens;
   const Span& span = space.spans[i];
   std::fill_n(span.most, BLOCK, -INFINITY);
   std::fill_n(span.most + BLOCK, BLOCK, 0.0f);
@@ -108,12 +108,12 @@ void Pass::attend(const Map& in, int i, int spans, const float* queries, int C) 
   int begin;
   const Walk walk = walk_of(in, i, spans, &begin);
   float* scores = space.scores ? space.scores + ptrdiff_t(begin) * BLOCK : nullptr;
-  network.kernels.mobile_to_former(walk, queries, C, M, span.most, span.most + BLOCK, span.sums, scores);
+  kernels.mobile_to_former(walk, queries, C, M, span.most, span.most + BLOCK, span.sums, scores);
 }
 
 // What the spans found, as one attention, through the gate
 void Pass::join(int spans, int C) {
-  const int M = network.config.num_tokens, half_row = blocks_of(C) * BLOCK;
+  const int M = config.num_tokens, half_row = blocks_of(C) * BLOCK;
   float* gathered = space.gathered + ptrdiff_t(image_) * M * half_row;
   float most[BLOCK], total[BLOCK] = {};
   std::copy_n(space.spans[0].most, BLOCK, most);
@@ -149,8 +149,8 @@ void Pass::join(int spans, int C) {
 void Pass::token_side(size_t i) {
   const Block& block = weights.blocks[i];
   const TokenSide& side = block.tokens;
-  const int M = network.config.num_tokens, D = network.config.token_dim;
-  gather(side.gather, i, space.blocks[i].queries);
+  const int M = config.num_tokens, D = config.token_dim;
+  mobile_to_former(side.gather, i, space.blocks[i].queries);
   dump_tokens(".mobile_to_former");
 
   linear(side.query, space.tokens, D, M, space.row, D);
@@ -158,7 +158,7 @@ void Pass::token_side(size_t i) {
     int first, last;
     worker.share(M, 1, &first, &last);
     const ptrdiff_t at = ptrdiff_t(image_) * M * D, rows = at + first * D;
-    network.kernels.former_attention(space.row + rows, space.tokens + at, space.wide + rows, D, M, last - first);
+    kernels.former_attention(space.row + rows, space.tokens + at, space.wide + rows, D, M, last - first);
   });
   worker.sync();
   linear(side.project, space.wide, D, M, space.tokens, D, Act::identity, space.tokens);
@@ -197,7 +197,7 @@ void Pass::token_side(size_t i) {
 // a1 = 2 theta1 and a2 = 2 theta2 - 1, in the order of the map they act on
 void Pass::slopes(const TokenSide& side, int which, int reduced_row, const char* stage, const Places& order) {
   const Linear& layer = side.expand[which];
-  const int rows = spatial() ? network.config.num_tokens : 1, places = layer.outputs / 2;
+  const int rows = spatial() ? config.num_tokens : 1, places = layer.outputs / 2;
   float* to = space.slopes[which];
   linear(layer, space.reduced + which * reduced_row / 2, reduced_row, rows, to, 2 * places, Act::hard_sigmoid);
   one_by_one([&] { dump_slopes(stage, to + ptrdiff_t(image_) * rows * 2 * places, rows, order); });
@@ -211,7 +211,7 @@ void Pass::slopes(const TokenSide& side, int which, int reduced_row, const char*
 // What each position takes of each token: softmax over tokens of the bridge's scores, averaged over heads and, where
 // the block halves the map, over the window of an adaptive average pooling
 void Pass::mix_tokens(const Map& in, int height, int width) {
-  const int M = network.config.num_tokens;
+  const int M = config.num_tokens;
   int first, last;
   worker.share(height, 1, &first, &last);
   for (int y = first; y < last; ++y) {
@@ -239,104 +239,15 @@ void Pass::mix_tokens(const Map& in, int height, int width) {
 }
 
 // map <- map + attention of its positions over the tokens
-void Pass::spread(const BlockResult& result) {
-  const int N = result.out.channels, M = network.config.num_tokens;
+void Pass::former_to_mobile(const BlockResult& result) {
+  const int N = result.out.channels, M = config.num_tokens;
   int begin;
   const Walk walk = walk_of(result.out, worker.rank, worker.size, &begin);
   Half half = result.out.half;
-  if (half.data) half.data += ptrdiff_t(begin) * network.kernels.half_run;
-  network.kernels.former_to_mobile(walk, result.keys, result.values, N, M, const_cast<float*>(walk.x), half);
+  if (half.data) half.data += ptrdiff_t(begin) * kernels.half_run;
+  kernels.former_to_mobile(walk, result.keys, result.values, N, M, const_cast<float*>(walk.x), half);
   worker.sync();
   mark(".former_to_mobile", 2.0 * N * M * result.out.positions());
-}
-
-// A stage of the block at work begins with a dot, or is empty for the block itself
-std::string Pass::full(const char* stage) const {
-  const bool of_block = block_ >= 0 && (*stage == '.' || *stage == 0);
-  return (of_block ? "blocks." + std::to_string(block_) : "") + (block_ < 0 && *stage == '.' ? stage + 1 : stage);
-}
-
-void Pass::dump(const char* stage, const Map& map) {
-  if (!extras.stages) return;
-  Places places(size_t(map.blocks) * BLOCK, -1);
-  for (int c = 0; c < map.channels; ++c) places[c] = c;
-  for (int b = 0; b < map.blocks; ++b) {
-    dump_block(stage, map.data + b * map.block, map.row, map.height, map.width, places, b);
-  }
-}
-
-void Pass::dump_block(const char* stage, const float* data, ptrdiff_t row, int height, int width, const Places& places,
-                      int block) {
-  if (!extras.stages) return;
-  const long channels = std::count_if(places.begin(), places.end(), [](int place) { return place >= 0; });
-  float* to = extras.stages->place(full(stage), {channels, height, width}, first_image + image_);
-  for (int lane = 0; lane < BLOCK; ++lane) {
-    const int channel = places[block * BLOCK + lane];
-    if (channel < 0) continue;
-    for (int y = 0; y < height; ++y) {
-      for (int x = 0; x < width; ++x) {
-        to[(ptrdiff_t(channel) * height + y) * width + x] = data[y * row + x * BLOCK + lane];
-      }
-    }
-  }
-}
-
-void Pass::dump_flat(const char* stage, const DepthwiseLayer& layer, int height, int width, const Pointwise& reader) {
-  if (!extras.stages) return;
-  const int positions = height * width, run = network.kernels.half_run;
-  const ptrdiff_t plane = ptrdiff_t(positions) * BLOCK;
-  const Half half = flat_half(reader, layer, positions);
-  std::vector<float> sums(plane);
-  for (int b = 0; b < int(layer.in_block.size()); ++b) {
-    const float* data = space.flat + b * plane;
-    if (half.data) {
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      const uint16_t* from = half.data + b * BLOCK / run * half.run + b * BLOCK % run;
-      for (int i = 0; i < half.pieces; ++i, from += half.piece) {
-        for (ptrdiff_t at = 0; at < plane; ++at) {
-          const uint32_t bits = uint32_t(from[at / BLOCK * run + at % BLOCK]) << 16;
-          float value;
-          std::memcpy(&value, &bits, sizeof(value));
-          sums[at] += value;
-        }
-      }
-      data = sums.data();
-    }
-    dump_block(stage, data, ptrdiff_t(width) * BLOCK, height, width, layer.places, b);
-  }
-}
-
-// theta [rows][2][places] before it becomes slopes
-void Pass::dump_slopes(const char* stage, const float* theta, int rows, const Places& order) {
-  if (!extras.stages) return;
-  const long K = std::count_if(order.begin(), order.end(), [](int place) { return place >= 0; });
-  std::vector<long> shape{2 * K};
-  if (spatial()) shape.insert(shape.begin(), rows);
-  float* to = extras.stages->place(full(stage), shape, first_image + image_);
-  for (int line = 0; line < 2 * rows; ++line) {
-    for (size_t i = 0; i < order.size(); ++i) {
-      if (order[i] >= 0) to[line * K + order[i]] = theta[line * order.size() + i];
-    }
-  }
-}
-
-void Pass::dump_tokens(const char* stage) {
-  if (!extras.stages) return;
-  const int M = network.config.num_tokens, D = network.config.token_dim;
-  one_by_one([&] {
-    std::copy_n(space.tokens + ptrdiff_t(image_) * M * D, size_t(M) * D,
-                extras.stages->place(full(stage), {M, D}, first_image + image_));
-  });
-}
-
-// Time since the last mark goes to this stage
-void Pass::mark(const char* stage, double multiply_adds) {
-  if (!extras.profile || !leader()) return;
-  const auto now = std::chrono::steady_clock::now();
-  Profile::Row& row = (*extras.profile)[full(stage)];
-  row.seconds += std::chrono::duration<double>(now - marked_).count();
-  row.multiply_adds += multiply_adds;
-  marked_ = std::chrono::steady_clock::now();
 }
 
 }  // namespace mf::engine

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <new>
 
-#include "engine/weights.h"
+#include "engine/storage.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>

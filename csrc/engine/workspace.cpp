@@ -4,8 +4,6 @@
 #include <numeric>
 
 namespace mf::engine {
-namespace {
-
 Map make_map(Arena& arena, int channels, int height, int width, bool border) {
   Map map;
   map.channels = channels;
@@ -19,7 +17,6 @@ Map make_map(Arena& arena, int channels, int height, int width, bool border) {
   return map;
 }
 
-// Where a layer's inputs lie in a map whose blocks, or runs of bfloat16, are `block` elements apart
 Offsets offsets_of(const Pointwise& layer, ptrdiff_t block, const Kernels& kernels) {
   const int channels = layer.half() ? kernels.half_run : BLOCK;
   Offsets offsets;
@@ -30,6 +27,8 @@ Offsets offsets_of(const Pointwise& layer, ptrdiff_t block, const Kernels& kerne
   return offsets;
 }
 
+namespace {
+
 int halved(int side) { return (side + 1) / 2; }
 
 // The first block that reads more of weights than of the maps of all images; spatial slopes need the scores of their
@@ -38,7 +37,7 @@ size_t first_together_of(const Config& config, const Weights& weights, int heigh
   int h = halved(height), w = halved(width), C = config.stem_channels;
   for (size_t i = 0; i < weights.blocks.size() && !config.spatial_dynamic_relu; ++i) {
     const Block& b = weights.blocks[i];
-    const size_t end = i + 1 < weights.blocks.size() ? weights.blocks[i + 1].weights_at : weights.head_at;
+    const size_t end = i + 1 < weights.blocks.size() ? weights.blocks[i + 1].weights_at : weights.bridge_at;
     const size_t maps = size_t(TOGETHER) * h * w * C * sizeof(float);
     if (2 * maps < end - b.weights_at && b.config.kind != Kind::lite) return i;
     if (b.config.stride == 2) h = halved(h), w = halved(w);
@@ -50,7 +49,7 @@ size_t first_together_of(const Config& config, const Weights& weights, int heigh
 }  // namespace
 
 Workspace::Workspace(const Config& config, const Weights& weights, const Kernels& kernels, int height, int width,
-                     int threads, int images)
+                     int threads, int images, int last_pieces)
     : height(height), width(width), images(images), first_together(first_together_of(config, weights, height, width)),
       results(images) {
   const int M = config.num_tokens, D = config.token_dim;
@@ -73,7 +72,7 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
     const Block* next = i + 1 < weights.blocks.size() ? &weights.blocks[i + 1] : nullptr;
     // a depthwise convolution reads a border, a pointwise one of bfloat16 what is rounded to it
     const bool border = next && next->config.kind != Kind::same;
-    const int pieces = !next ? weights.head.pieces() : next->config.kind == Kind::same ? next->expand.pieces() : 0;
+    const int pieces = !next ? last_pieces : next->config.kind == Kind::same ? next->expand.pieces() : 0;
     for (int image = 0; image < images; ++image) {
       BlockResult result;
       if (image > 0 && i + 1 < first_together) {
@@ -127,11 +126,9 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
     most_blocks = std::max(most_blocks, blocks_of(C));
   }
   flat = arena.take(flat_bytes / sizeof(float));
-  head = make_map(arena, 6 * C, h, w, false);
-  head_offsets = offsets_of(weights.head, weights.head.half() ? in.half.run : in.block, kernels);
   gather_queries = arena.take(size_t(C) * MAX_TOKENS);
   image_half = (width / 2 + 2 + BLOCK) / BLOCK * BLOCK;
-  in_order.resize(std::max({6 * C + D, config.hidden_features, 2 * D}));
+  in_order.resize(std::max(2 * D, most_blocks * BLOCK));
   std::iota(in_order.begin(), in_order.end(), 0);
 
   const size_t rows = size_t(images) * M;
@@ -143,7 +140,6 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
   wide = arena.take(rows * 2 * D);
   reduced = arena.take(rows * blocks_of(D / 4) * 2 * BLOCK);
   for (float*& each : slopes) each = arena.take((config.spatial_dynamic_relu ? rows : images) * slope_floats);
-  joint = arena.take(size_t(images) * (6 * C + D));
   if (config.spatial_dynamic_relu) {
     const size_t positions = size_t(stem.height) * stem.width;
     scores = arena.take(positions * BLOCK);
@@ -154,7 +150,7 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
     span.sums = arena.take(size_t(most_blocks) * M * BLOCK);
   }
   for (Scratch& own : scratch) {
-    if (config.spatial_dynamic_relu && weights.head.half())
+    if (config.spatial_dynamic_relu && weights.blocks.back().project.half())
       own.plane = arena.take(size_t(stem.height) * stem.width * BLOCK);
     if (config.groups > 1) own.grouped = arena.take(size_t(grouped_blocks) * GROUPED_CHUNK * BLOCK);
     own.image_row = arena.take(width);

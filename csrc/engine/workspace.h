@@ -20,6 +20,11 @@ struct Map {
 // Offsets of the inputs of each group of a pointwise layer, for a map of one size.
 using Offsets = std::vector<std::vector<int32_t>>;
 
+Map make_map(Arena&, int channels, int height, int width, bool border);
+
+// Where a layer's inputs lie in a map whose blocks, or runs of bfloat16, are `block` elements apart
+Offsets offsets_of(const Pointwise&, ptrdiff_t block, const Kernels&);
+
 // A map of `blocks` blocks as bfloat16 at `data`; it takes half_size elements.
 inline Half half_of(uint16_t* data, int pieces, int blocks, int positions, const Kernels& kernels) {
   const int runs = (blocks * BLOCK + kernels.half_run - 1) / kernels.half_run;
@@ -70,7 +75,8 @@ constexpr int MAX_SPANS = 8;
 inline int spans_of(int positions) { return std::clamp(positions / SPAN_POSITIONS, 1, MAX_SPANS); }
 
 struct Workspace {
-  Workspace(const Config&, const Weights&, const Kernels&, int height, int width, int threads, int images);
+  // `pieces` of bfloat16 that the reader of the last map takes; 0 for floats, or where nobody reads it
+  Workspace(const Config&, const Weights&, const Kernels&, int height, int width, int threads, int images, int pieces);
 
   int height, width, images;
   // The first block that takes images together; those before take one after the other, since while maps are larger than
@@ -81,15 +87,12 @@ struct Workspace {
   std::vector<BlockSpace> blocks;
   std::vector<std::vector<BlockResult>> results;  // [images][blocks]; the same for all where they are not together
   float* flat;                                    // any depthwise output: float or bfloat16
-  Map head;
   std::vector<Scratch> scratch;
   Span spans[MAX_SPANS];
 
   // [images][M] tokens: rows of D, and of what the linear layers make of them
   float *tokens, *query_gate, *gathered, *row, *wide, *slopes[2], *reduced, *key_value;
-  float* joint;           // [images][6C + D]
   float* gather_queries;  // of the last bridge, [C][8]
-  Offsets head_offsets;
   std::vector<int32_t> in_order;
   ptrdiff_t image_half = 0;  // floats of half an image row, with what a vector reads beyond
   float* scores = nullptr;   // spatial: [positions][16]

@@ -17,7 +17,7 @@ struct Made {
   explicit Made(const Config& config) {
     std::mt19937 random(7);
     std::normal_distribution<float> normal(0, 0.3f);
-    for (const auto& [name, shape] : Weights::shapes_of(config)) {
+    for (const auto& [name, shape] : Network::shapes_of(config)) {
       size_t size = 1;
       for (long side : shape) size *= size_t(side);
       std::vector<float>& numbers = values[name];
@@ -28,8 +28,8 @@ struct Made {
   }
 };
 
-Config small(int groups, bool spatial) {
-  Config config{3, 8, 3, 64, 48, groups, 10, spatial, {}, {0.5f, 0.5f, 0.5f}, {0.2f, 0.2f, 0.2f}};
+Config small(int groups, bool spatial, int classes = 10) {
+  Config config{3, 8, 3, 64, 48, groups, classes, spatial, {}, {0.5f, 0.5f, 0.5f}, {0.2f, 0.2f, 0.2f}};
   config.blocks = {{Kind::lite, 8, 2, 0, groups == 1 ? 1 : 2},
                    {Kind::same, 8, 4, 0, 1},
                    {Kind::down, 32, 6, 4, 2},
@@ -51,10 +51,10 @@ std::vector<float> logits_of(const Network& network, const Images& images, const
   return logits;
 }
 
-void exercise(const Config& config, const Made& made, bool bf16, const Kernels& kernels) {
-  const Network one(config, made.arrays, bf16, 1, kernels), three(config, made.arrays, bf16, 3, kernels);
+void exercise(const Config& config, const Made& made, Precision precision, const Kernels& kernels) {
+  const Network one(config, made.arrays, precision, 1, kernels), three(config, made.arrays, precision, 3, kernels);
   for (const auto& [height, width] : {std::pair{33, 47}, {64, 32}}) {
-    for (int batch : {0, 1, 4}) {
+    for (int batch : {0, 1, 2, 4}) {
       std::vector<float> pixels(size_t(batch) * 3 * height * width);
       std::vector<uint8_t> bytes(pixels.size());
       for (size_t i = 0; i < pixels.size(); ++i) {
@@ -82,14 +82,49 @@ void exercise(const Config& config, const Made& made, bool bf16, const Kernels& 
   }
 }
 
+// Maps and tokens, which the arrays of a backbone alone give as well
+std::vector<std::vector<float>> features_of(const Network& network, const Images& images) {
+  std::vector<MapShape> shapes;
+  network.map_shapes(images.height, images.width, shapes);
+  std::vector<std::vector<float>> features;
+  for (const MapShape& shape : shapes)
+    features.emplace_back(size_t(images.batch) * shape.channels * shape.height * shape.width);
+  features.emplace_back(size_t(images.batch) * network.config.num_tokens * network.config.token_dim);
+  Extras extras;
+  for (size_t i = 0; i < shapes.size(); ++i) extras.maps.push_back(features[i].data());
+  extras.tokens = features.back().data();
+  network.run(images, nullptr, extras);
+  return features;
+}
+
+void exercise_backbone(int groups, Precision precision, const Kernels& kernels) {
+  const Config whole = small(groups, false), config = small(groups, false, 0);
+  Made made(whole);
+  const Network with(whole, made.arrays, precision, 1, kernels);
+  for (auto at = made.arrays.begin(); at != made.arrays.end();) {
+    at = at->first.starts_with("head.") ? made.arrays.erase(at) : std::next(at);
+  }
+  const Network without(config, made.arrays, precision, 3, kernels);
+  for (int batch : {2, 4}) {
+    std::vector<float> pixels(size_t(batch) * 3 * 33 * 47);
+    for (size_t i = 0; i < pixels.size(); ++i) pixels[i] = float(i % 251) / 125 - 1;
+    const Images images{pixels.data(), nullptr, batch, 3, 33, 47};
+    expect(features_of(without, images) == features_of(with, images), "the same without a classifier");
+  }
+}
+
 }  // namespace
 
 int main() {
   for (const Kernels* kernels : runnable()) {
     for (int groups : {1, 4}) {
       const Made made(small(groups, false));
+      for (Precision precision : {Precision::float32, Precision::bfloat16})
+        exercise_backbone(groups, precision, *kernels);
       for (bool spatial : {false, true}) {
-        for (bool bf16 : {false, true}) exercise(small(groups, spatial), made, bf16, *kernels);
+        for (Precision precision : {Precision::float32, Precision::bfloat16}) {
+          exercise(small(groups, spatial), made, precision, *kernels);
+        }
       }
     }
   }
