@@ -12,6 +12,8 @@ namespace mf {
 constexpr double LOG2_E = 1.4426950408889634074;
 constexpr double LN_2 = 0.69314718055994530942;
 
+constexpr int MAX_TOKENS = 8;  // that attention kernels are compiled for
+
 enum class Activation { identity, relu6, hardswish, dynamic_relu };
 
 // clamp(t + 3, 0, 6) / 6, written so that NaN stays NaN as in torch.clamp

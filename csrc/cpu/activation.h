@@ -1,4 +1,4 @@
-// Activations of vectors, and their slopes. Included once per instruction set, after simd.h.
+// Activations of vectors, and their slopes. Included once per instruction set, after vector.h.
 
 namespace mf::MF_ISA {
 
@@ -11,11 +11,11 @@ struct Slopes {
 template <class A, Activation ACTIVATION>
 MF_INLINE Vector<A> activate(Vector<A> z, const Slopes<A>& slopes) {  // bounds first and z second, so that NaN stays
   const Vector<A> zero{}, one = broadcast(A(1)), six = broadcast(A(6));
-  if constexpr (ACTIVATION == Activation::relu6) return maximum<A>(zero, minimum<A>(six, z));
+  if constexpr (ACTIVATION == Activation::relu6) return maximum(zero, minimum(six, z));
   if constexpr (ACTIVATION == Activation::hardswish) {
-    return z * maximum<A>(zero, minimum<A>(one, z * A(1.0 / 6) + A(0.5)));
+    return z * maximum(zero, minimum(one, z * A(1.0 / 6) + A(0.5)));
   }
-  if constexpr (ACTIVATION == Activation::dynamic_relu) return maximum_or_nan<A>(slopes.first * z, slopes.second * z);
+  if constexpr (ACTIVATION == Activation::dynamic_relu) return maximum_or_nan(slopes.first * z, slopes.second * z);
   return z;
 }
 

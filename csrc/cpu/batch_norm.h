@@ -1,5 +1,5 @@
 // What BatchNorm with batch statistics and the activation behind it compute on vectors, in both layouts.
-// Included once per instruction set, after simd.h and activation.h.
+// Included once per instruction set, after vector.h and activation.h.
 //
 // Legend: C channels, A stored type and accumulator in one: float32 and float64 are what is served.
 

@@ -4,14 +4,15 @@
 // Legend: B batch, C channels, L = H*W positions, N = B*L values of a channel, A stored type and accumulator.
 // channels_last: tasks are parts of the map, each leaves its sums, and they are added in order. Contiguous: a task is
 // one channel.
-#define MF_OPERATOR_FILE "cpu/batch_norm_activation.cpp"
+#define MF_EACH_SET_FILE "cpu/batch_norm_activation.cpp"
 #include "cpu/batch_norm_shape.h"
 #include "cpu/slopes.h"
-#include "cpu/foreach_isa.h"
+#include "cpu/isa.h"
+#include "common/each_set.h"
 
 #ifdef MF_ISA
 
-#include "cpu/simd.h"
+#include "common/vector.h"
 #include "cpu/activation.h"
 #include "cpu/batch_norm.h"
 #include "cpu/batch_norm_columns.h"

@@ -39,8 +39,8 @@ void batch_norm_plane_distances(A* sums, const A* x, A center, int64_t B, int64_
         total += part, squares += squares_part;
         part = squares_part = Vector<A>{};
       });
-  sums[0] = sum<A>(total);
-  sums[1] = sum<A>(squares);
+  sums[0] = sum_lanes(total);
+  sums[1] = sum_lanes(squares);
 }
 
 // The norm of one channel, the slopes of a dynamic ReLU those of one sample
@@ -104,12 +104,12 @@ void batch_norm_plane_sums(A* sums,                   // [2]
           part = projected_part = slope1_part = slope2_part = Vector<A>{};
         });
     if constexpr (ACTIVATION == Activation::dynamic_relu) {
-      d_slope1[b * C] = sum<A>(slope1_total);
-      d_slope2[b * C] = sum<A>(slope2_total);
+      d_slope1[b * C] = sum_lanes(slope1_total);
+      d_slope2[b * C] = sum_lanes(slope2_total);
     }
   }
-  sums[0] = sum<A>(total);
-  sums[1] = sum<A>(projected);
+  sums[0] = sum_lanes(total);
+  sums[1] = sum_lanes(projected);
 }
 
 template <class A, Activation ACTIVATION>

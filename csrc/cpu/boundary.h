@@ -1,7 +1,8 @@
 // Between the dispatcher's tensors and the CPU kernels' pointers: dtypes, allocation, scratch memory.
 #pragma once
 
-#include "common/check.h"
+#include "common/numbers.h"
+#include "tensor/check.h"
 
 #include <cstdint>
 #include <cstdlib>
@@ -11,49 +12,6 @@
 #include <tuple>
 
 namespace mf {
-
-struct bfloat16 {
-  uint16_t bits;
-};
-
-template <class T>
-struct AccumulatorOf {
-  using type = T;
-};
-template <>
-struct AccumulatorOf<bfloat16> {
-  using type = float;
-};
-template <class T>
-using Accumulator = typename AccumulatorOf<T>::type;  // what a kernel computes in
-
-inline float to_accumulator(float value) { return value; }
-inline double to_accumulator(double value) { return value; }
-inline float to_accumulator(bfloat16 value) {
-  const uint32_t bits = uint32_t(value.bits) << 16;
-  float wide;
-  __builtin_memcpy(&wide, &bits, sizeof(wide));
-  return wide;
-}
-
-inline void from_accumulator(float& target, float value) { target = value; }
-inline void from_accumulator(double& target, double value) { target = value; }
-inline void from_accumulator(bfloat16& target, float value) {  // to nearest even; NaN stays NaN
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof(bits));
-  target.bits = value == value ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : 0x7fc0;
-}
-
-template <int... I>
-struct Integers {};
-template <int N, int... I>
-struct MakeIntegers : MakeIntegers<N - 1, N - 1, I...> {};
-template <int... I>
-struct MakeIntegers<0, I...> {
-  using type = Integers<I...>;
-};
-template <int N>
-using IntegerSequence = typename MakeIntegers<N>::type;  // std::integer_sequence, kept out of the per-ISA code
 
 // Calls f.template operator()<T>() with the C++ type of a dtype that the kernels are written for.
 template <class F>

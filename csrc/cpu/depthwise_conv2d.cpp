@@ -3,14 +3,15 @@
 // Legend: B batch, C input and O = C*mult output channels, H W input and OH OW output sides, K kernel side, S stride,
 // T stored type, A accumulator. A task walks down some rows of one block of LANES output channels of one sample, with
 // the input rows it needs in a scratch that holds a vector of channels at every column.
-#define MF_OPERATOR_FILE "cpu/depthwise_conv2d.cpp"
+#define MF_EACH_SET_FILE "cpu/depthwise_conv2d.cpp"
 #include "cpu/depthwise_shape.h"
 #include "cpu/slopes.h"
-#include "cpu/foreach_isa.h"
+#include "cpu/isa.h"
+#include "common/each_set.h"
 
 #ifdef MF_ISA
 
-#include "cpu/simd.h"
+#include "common/vector.h"
 #include "cpu/activation.h"
 #include "cpu/depthwise_filters.h"
 #include "cpu/depthwise_rows.h"

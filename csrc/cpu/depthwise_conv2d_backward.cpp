@@ -3,13 +3,14 @@
 // Legend: B batch, C input and O = C*mult output channels, H W input and OH OW output sides, K kernel side, S stride,
 // T stored type, A accumulator. A task is all gradients of some input channels of some samples. It walks down the map
 // in strips of rows that keep the second-level cache.
-#define MF_OPERATOR_FILE "cpu/depthwise_conv2d_backward.cpp"
+#define MF_EACH_SET_FILE "cpu/depthwise_conv2d_backward.cpp"
 #include "cpu/depthwise_shape.h"
-#include "cpu/foreach_isa.h"
+#include "cpu/isa.h"
+#include "common/each_set.h"
 
 #ifdef MF_ISA
 
-#include "cpu/simd.h"
+#include "common/vector.h"
 #include "cpu/activation.h"
 #include "cpu/depthwise_filters.h"
 #include "cpu/depthwise_rows.h"

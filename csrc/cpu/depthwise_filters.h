@@ -1,5 +1,5 @@
 // Depthwise filters as the kernels read them: packed once a call, one vector of output channels for each tap.
-// Included once per instruction set, after simd.h.
+// Included once per instruction set, after vector.h.
 //
 // Legend: K kernel side, O output channels, T stored type, A accumulator, block i is the channels from i*LANES on.
 
@@ -19,7 +19,7 @@ void pack_filters(Accumulator<T>* packed,  // [blocks][K*K + 1][LANES]
       const int here = taps - t < lanes ? taps - t : lanes;
       Vector<A> square[lanes];
       for (int i = 0; i < lanes; ++i) square[i] = i < used ? load(weight + (o + i) * taps + t, here) : Vector<A>{};
-      transpose<A>(square);
+      transpose(square);
       for (int i = 0; i < here; ++i) store(packed + (t + i) * lanes, square[i]);
     }
     store(packed + taps * lanes, bias != nullptr ? load(bias + o, used) : Vector<A>{});

@@ -1,5 +1,5 @@
 // The products of which the depthwise convolution and its gradients are made, on rows that hold one vector of channels
-// at every column. Included once per instruction set, after simd.h.
+// at every column. Included once per instruction set, after vector.h.
 //
 // Legend: K kernel side, S stride, A accumulator. Columns count from the padding: the map's first one is K/2.
 

@@ -1,5 +1,5 @@
 // Rows of a feature map as the depthwise kernels read them: one vector of output channels at every column, whatever
-// the layout, the dtype and the channel multiplier. Included once per instruction set, after simd.h.
+// the layout, the dtype and the channel multiplier. Included once per instruction set, after vector.h.
 //
 // Legend: T stored type, A accumulator, a block is LANES<A> neighbouring output channels o; o reads channel o / mult.
 
@@ -72,7 +72,7 @@ void load_row(Accumulator<T>* row,  // [W][LANES]
     for (int i = 0; i < lanes; ++i) {
       square[i] = i < block.used ? load(x + ((block.c + block.from[i]) * H + h) * W + w, columns) : Vector<A>{};
     }
-    transpose<A>(square);
+    transpose(square);
     for (int i = 0; i < columns; ++i) store(row + (w + i) * lanes, square[i]);
   }
 }
@@ -93,7 +93,7 @@ void store_row(T* y,                       // one sample of C channels
     Vector<A> square[lanes];
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) square[i] = i < columns ? load(row + (w + i) * lanes) : Vector<A>{};
-    transpose<A>(square);
+    transpose(square);
     for (int i = 0; i < used; ++i) store(y + ((c + i) * H + h) * W + w, square[i], columns);
   }
 }

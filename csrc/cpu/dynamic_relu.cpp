@@ -2,13 +2,14 @@
 // Source: mf_kernels/reference.py, dynamic_relu.
 //
 // Legend: B batch, C channels, L = H*W positions, T stored type, A accumulator.
-#define MF_OPERATOR_FILE "cpu/dynamic_relu.cpp"
+#define MF_EACH_SET_FILE "cpu/dynamic_relu.cpp"
 #include "cpu/slopes.h"
-#include "cpu/foreach_isa.h"
+#include "cpu/isa.h"
+#include "common/each_set.h"
 
 #ifdef MF_ISA
 
-#include "cpu/simd.h"
+#include "common/vector.h"
 
 namespace mf::MF_ISA {
 
@@ -17,7 +18,7 @@ MF_INLINE void dynamic_relu_vector(T* y, const T* x, Vector<Accumulator<T>> slop
                                    int lanes) {
   using A = Accumulator<T>;
   const Vector<A> value = load(x, lanes);
-  store(y, maximum_or_nan<A>(slope1 * value, slope2 * value), lanes);
+  store(y, maximum_or_nan(slope1 * value, slope2 * value), lanes);
 }
 
 // `count` values of one channel of one sample, neighbours in memory
@@ -84,8 +85,8 @@ void dynamic_relu_plane_backward(T* d_x, Accumulator<T>* d_slopes,  // d_slopes[
     d_a1 += part1;
     d_a2 += part2;
   }
-  d_slopes[0] = sum<A>(d_a1);
-  d_slopes[1] = sum<A>(d_a2);
+  d_slopes[0] = sum_lanes(d_a1);
+  d_slopes[1] = sum_lanes(d_a2);
 }
 
 // All `count` positions of `channels` channels, at most 4 vectors of them: their sums stay in registers

@@ -1,12 +1,14 @@
 // Running statistics of a BatchNorm folded into the convolution before it, on CPU: one pass over the weight.
 //
 // Legend: O output channels, J = values of one filter (inputs per group * K * K).
-#define MF_OPERATOR_FILE "cpu/fold_batch_norm.cpp"
-#include "cpu/foreach_isa.h"
+#define MF_EACH_SET_FILE "cpu/fold_batch_norm.cpp"
+#include "cpu/boundary.h"
+#include "cpu/isa.h"
+#include "common/each_set.h"
 
 #ifdef MF_ISA
 
-#include "cpu/simd.h"
+#include "common/vector.h"
 
 namespace mf::MF_ISA {
 

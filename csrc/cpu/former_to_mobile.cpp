@@ -2,13 +2,15 @@
 // Source: mf_kernels/reference.py, former_to_mobile.
 //
 // Legend: B batch, C channels, L = H*W positions, M tokens, N heads, E = C/N, T stored type, A accumulator.
-#define MF_OPERATOR_FILE "cpu/former_to_mobile.cpp"
+#define MF_EACH_SET_FILE "cpu/former_to_mobile.cpp"
 #include "cpu/token_rows.h"
-#include "cpu/foreach_isa.h"
+#include "cpu/isa.h"
+#include "common/each_set.h"
 
 #ifdef MF_ISA
 
-#include "cpu/simd.h"
+#include "common/vector.h"
+#include "common/tokens.h"
 #include "cpu/tile.h"
 #include "cpu/token_products.h"
 
@@ -23,11 +25,11 @@ void softmax_over_tokens(A* weights, int64_t P, int64_t used) {
     for (int m = 0; m < M; ++m) score[m] = load(weights + m * P + p);
     Vector<A> top = score[0];
 #pragma GCC unroll 8
-    for (int m = 1; m < M; ++m) top = maximum<A>(top, score[m]);
+    for (int m = 1; m < M; ++m) top = maximum(top, score[m]);
     Vector<A> total{};
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      score[m] = exp2_nonpositive(score[m] - top);
+      score[m] = exp2_or_nan(score[m] - top);
       total += score[m];
     }
     const Vector<A> inverse = A(1) / total;

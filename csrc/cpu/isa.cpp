@@ -9,7 +9,6 @@
 namespace mf {
 namespace {
 
-constexpr const char* ISA_NAMES[ISA_COUNT] = {"baseline", "avx2", "avx512"};
 constexpr const char* KERNEL_NAMES[KERNEL_COUNT] = {
     "mobile_to_former_fwd",      "mobile_to_former_bwd", "former_to_mobile_fwd", "former_to_mobile_bwd",
     "dynamic_relu_fwd",          "dynamic_relu_bwd",     "depthwise_conv2d_fwd", "depthwise_conv2d_bwd",
@@ -18,20 +17,6 @@ constexpr const char* KERNEL_NAMES[KERNEL_COUNT] = {
 };
 
 std::atomic<uint64_t> calls[KERNEL_COUNT][ISA_COUNT];
-
-bool runnable(Isa which) {
-#if defined(__x86_64__)
-  switch (which) {
-    case Isa::avx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    default: return true;
-  }
-#else
-  return which == Isa::baseline;
-#endif
-}
 
 Isa best() { return runnable(Isa::avx512) ? Isa::avx512 : runnable(Isa::avx2) ? Isa::avx2 : Isa::baseline; }
 
@@ -83,7 +68,7 @@ MF_EXPORT const char* mf_kernels_cpu_report() {
   const auto append = [](std::string& list, const std::string& item) { list += (list.empty() ? "" : ", ") + item; };
   for (int i = 0; i < ISA_COUNT; ++i) {
     const std::string name = std::string("\"") + ISA_NAMES[i] + "\"";
-#if !defined(__x86_64__)
+#if defined(MF_BASELINE_ONLY)
     if (i > 0) break;
 #endif
     append(compiled, name);

@@ -3,10 +3,11 @@
 
 #include <cstdint>
 
+#include "common/isa.h"
+
 namespace mf {
 
-enum class Isa : int { baseline, avx2, avx512 };
-constexpr int ISA_COUNT = 3;
+constexpr int ISA_COUNT = 3;  // that the kernels here are compiled for, or the baseline alone
 
 enum class Kernel : int {
   mobile_to_former_fwd,
@@ -35,7 +36,7 @@ void count_served(Kernel kernel);
 }  // namespace mf
 
 // Calls a function of the namespace that was compiled for the instruction set in use.
-#if defined(__x86_64__)
+#if !defined(MF_BASELINE_ONLY)
 #define MF_CALL(...)                                          \
   switch (::mf::isa()) {                                      \
     case ::mf::Isa::avx512: ::mf::avx512::__VA_ARGS__; break; \

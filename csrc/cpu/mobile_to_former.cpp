@@ -4,13 +4,15 @@
 // Legend: B batch, C channels, L = H*W positions, M tokens, N heads, E = C/N, T stored type, A accumulator.
 // Each (sample, head, span of positions) runs an online softmax on its own and leaves a partial (weighted sum, maximum,
 // sum), merged at the end.
-#define MF_OPERATOR_FILE "cpu/mobile_to_former.cpp"
+#define MF_EACH_SET_FILE "cpu/mobile_to_former.cpp"
 #include "cpu/token_rows.h"
-#include "cpu/foreach_isa.h"
+#include "cpu/isa.h"
+#include "common/each_set.h"
 
 #ifdef MF_ISA
 
-#include "cpu/simd.h"
+#include "common/vector.h"
+#include "common/tokens.h"
 #include "cpu/tile.h"
 #include "cpu/token_products.h"
 #include "cpu/mobile_to_former_few.h"
@@ -45,8 +47,8 @@ void mobile_to_former_span(Accumulator<T>* partial,  // [M][E + 2]: weighted sum
       A* row = weights + m * P;
       for (int64_t p = here; p < used; ++p) row[p] = -INFINITY;
       Vector<A> top = load(row);
-      for (int64_t p = lanes; p < used; p += lanes) top = maximum<A>(top, load(row + p));
-      const A found = largest<A>(top);
+      for (int64_t p = lanes; p < used; p += lanes) top = maximum(top, load(row + p));
+      const A found = largest(top);
       if (found > highest[m]) {  // rescale what was summed under the old maximum
         const A correction = std::exp2(highest[m] - found);
         total[m] *= correction;
@@ -54,7 +56,7 @@ void mobile_to_former_span(Accumulator<T>* partial,  // [M][E + 2]: weighted sum
         highest[m] = found;
       }
       const A base = highest[m] == -INFINITY ? A(0) : highest[m];  // only -inf so far: terms of 0, not NaN
-      for (int64_t p = 0; p < used; p += lanes) store(row + p, exp2_nonpositive(load(row + p) - base));
+      for (int64_t p = 0; p < used; p += lanes) store(row + p, exp2_or_nan(load(row + p) - base));
       for (int64_t p = here; p < used; ++p) row[p] = 0;
       for (int64_t p = 0; p < used; p += lanes) total[m] += load(row + p);
     }
@@ -63,7 +65,7 @@ void mobile_to_former_span(Accumulator<T>* partial,  // [M][E + 2]: weighted sum
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t c = 0; c < E; ++c) partial[m * (E + 2) + c] = gathered[m * E + c];
     partial[m * (E + 2) + E] = highest[m];
-    partial[m * (E + 2) + E + 1] = sum<A>(total[m]);
+    partial[m * (E + 2) + E + 1] = sum_lanes(total[m]);
   }
 }
 
@@ -106,7 +108,7 @@ void mobile_to_former_span_backward(
     for (int64_t m = 0; m < M; ++m) {
       const A highest = statistics[2 * m], inverse = A(1) / statistics[2 * m + 1];
       for (int64_t p = 0; p < used; p += lanes) {
-        const Vector<A> weight = exp2_nonpositive(load(weights + m * P + p) - highest) * inverse;
+        const Vector<A> weight = exp2_or_nan(load(weights + m * P + p) - highest) * inverse;
         store(weights + m * P + p, weight);
         store(d_scores + m * P + p, weight * (load(d_scores + m * P + p) - delta[m]));
       }

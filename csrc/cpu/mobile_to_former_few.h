@@ -1,5 +1,5 @@
 // Mobile -> Former over a few positions that hold their channels together: the Former's own attention, and the last maps
-// of small images. Lanes are channels, so nothing is transposed. Included once per instruction set, after simd.h.
+// of small images. Lanes are channels, so nothing is transposed. Included once per instruction set, after vector.h.
 //
 // Legend: M tokens, E head width, P positions (at most FEW_POSITIONS), T stored type, A accumulator.
 
@@ -30,7 +30,7 @@ struct PairSums {
         if (e < E) products[i] += load(row + e, int(E - e)) * load(position + e, int(E - e));
         if (++p == P) p = 0, ++m;
       }
-      store(at + first, sum_each<A>(products));
+      store(at + first, sum_each(products));
     }
   }
 };
@@ -69,7 +69,7 @@ void mobile_to_former_few(Accumulator<T>* partial,  // [M][E + 2]: weighted sum,
     const A base = highest == -INFINITY ? A(0) : highest;  // only -inf: terms of 0, not NaN
     for (int64_t p = 0; p < P; ++p) row[p] -= base;
   }
-  for (int64_t i = 0; i < M * P; i += lanes) store(scores.at + i, exp2_nonpositive(load(scores.at + i)));
+  for (int64_t i = 0; i < M * P; i += lanes) store(scores.at + i, exp2_or_nan(load(scores.at + i)));
   for (int64_t m = 0; m < M; ++m) {
     const A* row = scores.at + m * P;
     A total = 0;
@@ -100,7 +100,7 @@ void mobile_to_former_few_backward(
     const A highest = statistics[2 * m];
     for (int64_t p = 0; p < P; ++p) weights.at[m * P + p] -= highest, d_scores.at[m * P + p] -= delta.at[0];
   }
-  for (int64_t i = 0; i < M * P; i += lanes) store(weights.at + i, exp2_nonpositive(load(weights.at + i)));
+  for (int64_t i = 0; i < M * P; i += lanes) store(weights.at + i, exp2_or_nan(load(weights.at + i)));
   for (int64_t m = 0; m < M; ++m) {
     const A inverse = A(1) / statistics[2 * m + 1];
     for (int64_t p = 0; p < P; ++p) {

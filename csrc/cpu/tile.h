@@ -1,6 +1,6 @@
 // A tile: some channels of some consecutive positions of a feature map, one channel a row, positions on the lanes,
 // in the accumulator's type. Both layouts and all dtypes become this once, so the attention kernels are written once.
-// Included once per instruction set, after simd.h.
+// Included once per instruction set, after vector.h.
 //
 // Legend: T stored type, A accumulator. A map slice is a pointer to its first (channel, position) and two strides.
 
@@ -51,7 +51,7 @@ void load_tile(Accumulator<T>* tile,  // [channels][tile_stride]
           square[i] = i < rows ? load(corner + i * position_stride, columns) : Vector<A>{};
         }
       }
-      transpose<A>(square);
+      transpose(square);
       A* target = tile + c * tile_stride + p;
       if (columns == lanes) {
 #pragma GCC unroll 16
@@ -93,7 +93,7 @@ void store_tile(const Accumulator<T>* tile,  // [channels][tile_stride]
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) square[i] = i < columns ? load(corner + i * tile_stride) : Vector<A>{};
       }
-      transpose<A>(square);
+      transpose(square);
       T* out = target + p * position_stride + c;
       if (rows == lanes && columns == lanes) {
 #pragma GCC unroll 16

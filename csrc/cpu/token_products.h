@@ -1,11 +1,9 @@
 // The three products between M token rows and a tile of positions, of which both attentions and their gradients are
-// made. Included once per instruction set, after simd.h.
+// made. Included once per instruction set, after common/tokens.h.
 //
 // Legend: M tokens (compile time, 1 to 8), E head width, P positions (a multiple of the lanes), tiles [E][P].
 
 namespace mf::MF_ISA {
-
-constexpr int MAX_TOKENS = 8;
 
 // How many independent accumulators fit the registers beside their operands
 constexpr int ACCUMULATORS = MF_ISA_REGISTERS == 32 ? 24 : 12;
@@ -19,21 +17,6 @@ template <int M>
 constexpr int SUMS_BLOCK = M == 1   ? (MF_ISA_REGISTERS == 32 ? 16 : 8)
                            : M == 2 ? (MF_ISA_REGISTERS == 32 ? 8 : 4)
                                     : BLOCK<M>;
-
-// Calls f.template operator()<M>() with the number of tokens as a compile-time constant
-template <class F>
-MF_INLINE void with_tokens(int64_t tokens, const F& f) {
-  switch (tokens) {
-    case 1: return f.template operator()<1>();
-    case 2: return f.template operator()<2>();
-    case 3: return f.template operator()<3>();
-    case 4: return f.template operator()<4>();
-    case 5: return f.template operator()<5>();
-    case 6: return f.template operator()<6>();
-    case 7: return f.template operator()<7>();
-    default: return f.template operator()<8>();
-  }
-}
 
 template <class A, int M, int VECTORS>
 MF_INLINE void rows_dot_tile_block(A* scores, const A* rows, const A* tile, int64_t E, int64_t P) {
@@ -138,7 +121,7 @@ MF_INLINE void add_rows_dots(A* sums,         // [M][sums_stride]
     Vector<A> group[lanes];
 #pragma GCC unroll 16
     for (int j = 0; j < lanes; ++j) group[j] = acc[i + j];
-    store(totals + i, sum_each<A>(group));
+    store(totals + i, sum_each(group));
   }
   for (int m = 0; m < M; ++m) {
     for (int c = 0; c < CHANNELS; ++c) sums[m * sums_stride + c] += totals[m * CHANNELS + c];

@@ -4,31 +4,18 @@
 // Legend: B batch, M tokens, R = B*M rows, D token width, C input and C' output channels of the block, K1 K2 channels
 // of its two dynamic ReLUs. With a handful of rows a linear layer is as fast as its weight arrives from memory, so
 // weights are read once, as they lie, the next ones already under way, and nothing is packed.
-#define MF_OPERATOR_FILE "cpu/token_side.cpp"
+#define MF_EACH_SET_FILE "cpu/token_side.cpp"
 #include "cpu/token_side.h"
-#include "cpu/foreach_isa.h"
+#include "cpu/isa.h"
+#include "common/each_set.h"
 
 #ifdef MF_ISA
 
-#include "cpu/simd.h"
+#include "common/vector.h"
+#include "common/tokens.h"
 #include "cpu/token_products.h"
 
 namespace mf::MF_ISA {
-
-// 1/2 x (1 + erf(x / sqrt 2)). The complementary error function of |x| is e^(-z^2) times a smooth function of
-// 1 / (1 + 0.4 z); the polynomial is its least-squares fit on Chebyshev nodes for z in [0, 9], error 1e-7 relative.
-MF_INLINE Vector<float> gelu(Vector<float> x) {
-  constexpr float coefficients[] = {1.4221468e-2f, 2.8882222e-3f, -2.4384575e-1f, 5.1270068e-1f, -2.6273799e-1f,
-                                    3.7129688e-1f, 1.4246505e-1f, 2.3873353e-1f,  2.2420704e-1f, 7.0882001e-5f};
-  const Vector<float> zero{};
-  const Vector<float> z = maximum<float>(x, zero - x) * 0.70710678118654752f;
-  const Vector<float> t = 1.0f / (z * 0.4f + 1.0f);
-  Vector<float> p = broadcast(coefficients[0]);
-#pragma GCC unroll 9
-  for (int i = 1; i < 10; ++i) p = p * t + coefficients[i];
-  const Vector<float> complement = exp2_nonpositive(z * z * float(-LOG2_E)) * p;
-  return x * 0.5f * (x < zero ? complement : 2.0f - complement);
-}
 
 // Outputs [begin, end) of a linear layer on all rows. Returns with the weight of the following outputs prefetched.
 inline void linear_outputs(float* y,        // [R][N]
@@ -76,59 +63,8 @@ inline void add_and_norm(float* out,      // [R][D]
                          const float* a,  // [R][D]
                          const float* b,  // [R][D]
                          const NormLayer& norm, int64_t R, int64_t D) {
-  constexpr int lanes = LANES<float>;
-  for (int64_t r = 0; r < R; ++r, out += D, a += D, b += D) {
-    Vector<float> total{};
-    for (int64_t d = 0; d < D; d += lanes) {
-      const Vector<float> value = load(a + d) + load(b + d);
-      total += value;
-      store(out + d, value);
-    }
-    const float mean = sum<float>(total) / float(D);
-    Vector<float> squares{};
-    for (int64_t d = 0; d < D; d += lanes) {
-      const Vector<float> centred = load(out + d) - mean;
-      squares += centred * centred;
-    }
-    const float factor = 1.0f / std::sqrt(sum<float>(squares) / float(D) + norm.eps);
-    for (int64_t d = 0; d < D; d += lanes) {
-      store(out + d, (load(out + d) - mean) * factor * load(norm.weight + d) + load(norm.bias + d));
-    }
-  }
-}
-
-// Attention of M tokens over themselves; keys and values are the tokens as they are
-inline void attend(float* out,           // [M][D]
-                   const float* query,   // [M][D]
-                   const float* tokens,  // [M][D]
-                   int64_t M, int64_t D, int64_t heads) {
-  constexpr int lanes = LANES<float>;
-  const int64_t E = D / heads;
-  const float scale = float(LOG2_E) / std::sqrt(float(E));
-  for (int64_t first = 0; first < D; first += E) {
-    for (int64_t m = 0; m < M; ++m) {
-      float scores[lanes] = {}, top = -INFINITY, total = 0;
-      float weights[MAX_TOKENS];
-      for (int64_t j = 0; j < M; ++j) {
-        Vector<float> product{};
-        for (int64_t e = 0; e < E; e += lanes) {
-          product += load(query + m * D + first + e) * load(tokens + j * D + first + e);
-        }
-        weights[j] = sum<float>(product) * scale;
-        top = weights[j] > top ? weights[j] : top;
-      }
-      for (int64_t j = 0; j < M; ++j) {
-        scores[0] = weights[j] - top;
-        weights[j] = exp2_nonpositive(load(static_cast<const float*>(scores)))[0];
-        total += weights[j];
-      }
-      for (int64_t e = 0; e < E; e += lanes) {
-        Vector<float> gathered{};
-        for (int64_t j = 0; j < M; ++j) gathered += load(tokens + j * D + first + e) * (weights[j] / total);
-        store(out + m * D + first + e, gathered);
-      }
-    }
-  }
+  for (int64_t i = 0; i < R * D; i += LANES<float>) store(out + i, load(a + i) + load(b + i));
+  layer_norm(out, norm.weight, norm.bias, norm.eps, R, D);
 }
 
 // x *= clamp(gate + 3, 0, 6) / 3, which is 2 hsig(gate)
@@ -170,8 +106,8 @@ std::vector<Tensor> token_side(Tensor tokens_in, Tensor gathered_in, std::vector
   arguments.rank("gathered", gathered_in, 3, "(B, M, C)");
   const int64_t batch = tokens_in.size(0), count = tokens_in.size(1), width = tokens_in.size(2);
   const int64_t channels = std::max<int64_t>(gathered_in.size(2), 1);
-  if (count < 1 || count > MOST_TOKENS) {
-    refuse("token_side", "tokens", "(B, M, D) with M from 1 to ", MOST_TOKENS, ", got ", shape_text(tokens_in.sizes()));
+  if (count < 1 || count > MAX_TOKENS) {
+    refuse("token_side", "tokens", "(B, M, D) with M from 1 to ", MAX_TOKENS, ", got ", shape_text(tokens_in.sizes()));
   }
   if (num_heads < 1 || num_heads > width || width % 16 != 0 || width / 16 % num_heads != 0) {
     refuse("token_side", "num_heads", "a divisor of D / 16 for D = ", width, ", got ", num_heads);
@@ -199,8 +135,9 @@ std::vector<Tensor> token_side(Tensor tokens_in, Tensor gathered_in, std::vector
   MF_CALL(add_and_norm(current, in, a, p.bridge_norm, R, D));
 
   linear(a, current, p.query, R);
-  for (int64_t i = 0; i < B; ++i) {
-    MF_CALL(attend(b + i * M * D, a + i * M * D, current + i * M * D, M, D, num_heads));
+  const float scale = float(LOG2_E) / std::sqrt(float(D / num_heads));
+  for (int64_t i = 0, at = 0; i < B; ++i, at += M * D) {
+    MF_CALL(attend_tokens(b + at, a + at, current + at, scale, M, M, D, num_heads));
   }
   linear(a, b, p.mix, R);
   MF_CALL(add_and_norm(current, current, a, p.attention_norm, R, D));

@@ -1,7 +1,7 @@
 // Between the dispatcher's tensors and the CUDA kernels' pointers: device, stream, dtypes, scratch memory, launch checks.
 #pragma once
 
-#include "common/check.h"
+#include "tensor/check.h"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>

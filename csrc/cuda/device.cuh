@@ -18,7 +18,6 @@ namespace mf {
 
 constexpr int THREADS = 256;  // of a block, everywhere
 constexpr int WARP = 32;
-constexpr int MAX_TOKENS = 8;
 // Grids are sized to give each of about 132 multiprocessors its 8 blocks several times over: the last, partly filled
 // round of blocks then costs little.
 constexpr int64_t BLOCKS_WANTED = 132 * 8 * 4;

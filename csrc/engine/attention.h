@@ -1,7 +1,7 @@
 // The two bridges. Positions are taken a chunk at a time: their scores, with a lane for each position, stay in the
 // first-level cache, first as they are, then as weights of the softmax. No include guard: once per instruction set.
 
-namespace mf::engine::MF_LEVEL {
+namespace mf::engine::MF_ISA {
 
 using Weights = float[MAX_TOKENS][CHUNK];  // of one head
 
@@ -124,12 +124,6 @@ MF_INLINE void by_heads(int C, Alone alone, Both both) {
       b += count;
     }
   }
-}
-
-MF_INLINE float largest(V v) {
-  float most = v[0];
-  for (int lane = 1; lane < LANES; ++lane) most = v[lane] > most ? v[lane] : most;
-  return most;
 }
 
 // A softmax over positions of which only some are known yet, for every head and token. Its weights are 2^(score -
@@ -263,20 +257,6 @@ inline void former_to_mobile_of(const Walk& walk, const float* k, const float* v
   }
 }
 
-template <class F>
-MF_INLINE void with_tokens(int M, F f) {
-  switch (M) {
-    case 1: return f.template operator()<1>();
-    case 2: return f.template operator()<2>();
-    case 3: return f.template operator()<3>();
-    case 4: return f.template operator()<4>();
-    case 5: return f.template operator()<5>();
-    case 6: return f.template operator()<6>();
-    case 7: return f.template operator()<7>();
-    default: return f.template operator()<8>();
-  }
-}
-
 inline void mobile_to_former(const Walk& walk, const float* q, int C, int M, float* most, float* sum, float* sums,
                              float* kept) {
   with_tokens(M, [&]<int TOKENS>() { mobile_to_former_of<TOKENS>(walk, q, C, most, sum, sums, kept); });
@@ -287,4 +267,4 @@ inline void former_to_mobile(const Walk& walk, const float* k, const float* valu
   with_tokens(M, [&]<int TOKENS>() { former_to_mobile_of<TOKENS>(walk, k, values, C, out, half); });
 }
 
-}  // namespace mf::engine::MF_LEVEL
+}  // namespace mf::engine::MF_ISA

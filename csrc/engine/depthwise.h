@@ -1,9 +1,9 @@
 // Depthwise 3 x 3 convolution of one block of channels, its norm folded, its activation in the same pass. No include
 // guard: once per instruction set.
 
-namespace mf::engine::MF_LEVEL {
+namespace mf::engine::MF_ISA {
 
-constexpr int DEPTHWISE_TILE = MF_LEVEL_REGISTERS == 32 ? 14 : 6;  // outputs of a row at once
+constexpr int DEPTHWISE_TILE = MF_ISA_REGISTERS == 32 ? 14 : 6;  // outputs of a row at once
 
 // Outputs [x, x + WIDTH) of row y, one vector of the block's channels
 template <int STRIDE, int WIDTH>
@@ -70,4 +70,4 @@ inline void depthwise(const Depthwise& d, int first, int last) {
   d.stride == 1 ? depthwise_of<1>(d, first, last) : depthwise_of<2>(d, first, last);
 }
 
-}  // namespace mf::engine::MF_LEVEL
+}  // namespace mf::engine::MF_ISA

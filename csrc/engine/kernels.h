@@ -1,6 +1,6 @@
 // What the network asks of an instruction set: one table of functions, filled once per set from kernels.cpp.
 //
-// Legend: P positions of a map, row by row; C K N channels; M tokens. Channels lie in blocks of 16, and a block is
+// Legend: P positions of a map, row by row; C K N channels; M tokens, up to MAX_TOKENS. Channels lie in blocks of 16, and a block is
 // P groups of 16 floats, so a map is [blocks][P][16] and one position of one block is one or more whole vectors.
 // A map may have a border of zeros one position wide; pointers then point at the first position inside.
 // What fills up the last block is zero.
@@ -10,10 +10,11 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/math.h"
+
 namespace mf::engine {
 
 constexpr int BLOCK = 16;        // channels of a block
-constexpr int MAX_TOKENS = 8;    // M
 constexpr int BRIDGE_HEADS = 2;  // of both bridges
 constexpr int FORMER_HEADS = 4;  // of the attention among tokens
 

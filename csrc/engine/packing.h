@@ -9,23 +9,10 @@
 #include <set>
 #include <stdexcept>
 
+#include "common/numbers.h"
 #include "engine/storage.h"
 
 namespace mf::engine {
-
-inline uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (std::isnan(value)) return 0x7fc0;
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-inline float from_bf16(uint16_t half) {
-  const uint32_t bits = uint32_t(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 inline std::string text(const std::vector<long>& shape) {
   std::string s = "(";

@@ -1,17 +1,17 @@
 // Matrix products of a map with a weight: pointwise convolutions and linear layers. A tile of positions times a panel
 // of outputs is kept in registers while the inputs pass. No include guard: once per instruction set.
 
-namespace mf::engine::MF_LEVEL {
+namespace mf::engine::MF_ISA {
 
 // Positions of a tile for a panel of so many vectors: with its sums, the panel's weights and one input, it fills the
 // registers.
 constexpr int tile_rows(int vectors) {
-  return MF_LEVEL_REGISTERS == 32 ? (vectors == 3   ? 7
-                                     : vectors == 2 ? 12
-                                                    : 14)
-                                  : (vectors == 3   ? 4
-                                     : vectors == 2 ? 6
-                                                    : 8);
+  return MF_ISA_REGISTERS == 32 ? (vectors == 3   ? 7
+                                   : vectors == 2 ? 12
+                                                  : 14)
+                                : (vectors == 3   ? 4
+                                   : vectors == 2 ? 6
+                                                  : 8);
 }
 
 // The same where the last vector is half empty
@@ -70,7 +70,7 @@ MF_INLINE void finish(V (&sums)[ROWS][VECTORS], const Epilogue& e, int vector, i
 
 // acc += a pair of bfloat16 inputs times their two weights, lane by lane
 MF_INLINE V add_pair(V acc, VI a, const uint16_t* weight) {
-#if defined(MF_LEVEL_PAIRS)
+#if defined(MF_ISA_PAIRS)
   return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)_mm512_loadu_si512(weight));
 #else
   VI w;
@@ -80,7 +80,7 @@ MF_INLINE V add_pair(V acc, VI a, const uint16_t* weight) {
 #endif
 }
 
-#if defined(MF_LEVEL_AVX512)
+#if defined(MF_ISA_AVX512)
 template <class Half, class Whole>
 MF_INLINE Half lower(Whole v) {
   Half half;
@@ -90,7 +90,7 @@ MF_INLINE Half lower(Whole v) {
 
 MF_INLINE __m256 add_pair(__m256 acc, __m256i a, const uint16_t* weight) {
   const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight));
-#if defined(MF_LEVEL_PAIRS)
+#if defined(MF_ISA_PAIRS)
   return _mm256_dpbf16_ps(acc, (__m256bh)a, (__m256bh)w);
 #else
   acc = _mm256_fmadd_ps((__m256)_mm256_slli_epi32(a, 16), (__m256)_mm256_slli_epi32(w, 16), acc);
@@ -166,7 +166,7 @@ inline void tile(const Products& p, const Epilogue& e, const char* a, ptrdiff_t 
   finish(sums[0], e, vector, position, y, x);
 }
 
-#if defined(MF_LEVEL_AVX512)
+#if defined(MF_ISA_AVX512)
 // tile() where only the lower half of the last vector is outputs: half a vector takes half the time. Only for maps.
 template <Format FORMAT, int ROWS, int VECTORS>
 inline void tile_with_tail(const Products& p, const Epilogue& e, const char* a, const char* weight, int vector,
@@ -249,7 +249,7 @@ inline void panel(const Products& p, const Epilogue& e, const char* a, ptrdiff_t
   const char* weight =
       static_cast<const char*>(p.weight) + ptrdiff_t(vector) * LANES * p.depth * (FORMAT == Format::i16_weight ? 2 : 4);
   int y = begin / e.width, x = begin % e.width;
-#if defined(MF_LEVEL_AVX512)
+#if defined(MF_ISA_AVX512)
   if constexpr (FORMAT != Format::i16_weight) {
     if (p.half_tail && vector + VECTORS == p.vectors && stride == BLOCK) {
       constexpr int tall = tail_rows(VECTORS);
@@ -295,17 +295,17 @@ inline void panels(const Products& p, const Epilogue& e, const char* a, ptrdiff_
 inline void pointwise(const Products& p, const Epilogue& e, const void* a, ptrdiff_t stride, int begin, int end,
                       int first, int last) {
   [[maybe_unused]] const char* from = static_cast<const char*>(a);
-#if defined(MF_LEVEL_TILES)
+#if defined(MF_ISA_TILES)
   if (p.format == Format::bf16) return tiles(p, e, static_cast<const uint16_t*>(a), begin, end, first, last);
 #else
   if (p.format == Format::bf16) return panels<Format::bf16>(p, e, from, stride, begin, end, first, last);
 #endif
-#if defined(MF_LEVEL_REST)
-  MF_LEVEL_REST::pointwise(p, e, a, stride, begin, end, first, last);
+#if defined(MF_ISA_REST)
+  MF_ISA_REST::pointwise(p, e, a, stride, begin, end, first, last);
 #else
   p.format == Format::f32 ? panels<Format::f32>(p, e, from, stride, begin, end, first, last)
                           : panels<Format::i16_weight>(p, e, from, stride, begin, end, first, last);
 #endif
 }
 
-}  // namespace mf::engine::MF_LEVEL
+}  // namespace mf::engine::MF_ISA

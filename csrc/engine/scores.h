@@ -1,7 +1,7 @@
 // Products of a map's positions with a few queries, positions as lanes: what both bridges begin with. No include guard:
 // once per instruction set.
 
-namespace mf::engine::MF_LEVEL {
+namespace mf::engine::MF_ISA {
 
 constexpr int CHUNK = 112;  // positions; a multiple of every vector
 constexpr float LOWEST = -3.0e38f;
@@ -10,30 +10,6 @@ constexpr float LOWEST = -3.0e38f;
 struct Scores {
   float of[BRIDGE_HEADS][MAX_TOKENS][CHUNK];
 };
-
-template <int HALF, size_t... LANE>
-MF_INLINE V interleave(V a, V b, std::index_sequence<LANE...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, int(HALF * LANES / 2 + LANE / 2 + (LANE % 2) * LANES)...);
-#else
-  return __builtin_shuffle(a, b, VI{int(HALF * LANES / 2 + LANE / 2 + (LANE % 2) * LANES)...});
-#endif
-}
-
-// A square of LANES x LANES, by log2(LANES) perfect shuffles
-MF_INLINE void transpose(V (&rows)[LANES]) {
-#pragma GCC unroll 4
-  for (int round = 1; round < LANES; round *= 2) {
-    V mixed[LANES];
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES / 2; ++i) {
-      mixed[2 * i] = interleave<0>(rows[i], rows[i + LANES / 2], std::make_index_sequence<LANES>{});
-      mixed[2 * i + 1] = interleave<1>(rows[i], rows[i + LANES / 2], std::make_index_sequence<LANES>{});
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) rows[i] = mixed[i];
-  }
-}
 
 // scores[m] of one head, at VECTORS vectors of positions: what is there, plus channels [first, last) of `turned`
 // [channel][CHUNK] times q [channel][8]. An input, once broadcast, serves all the vectors.
@@ -105,4 +81,4 @@ inline void score(const float* x, ptrdiff_t block, int C, int count, const float
   }
 }
 
-}  // namespace mf::engine::MF_LEVEL
+}  // namespace mf::engine::MF_ISA

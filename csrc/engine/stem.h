@@ -2,16 +2,7 @@
 // to fill one. Rows come split into even and odd columns, so that a window's column is one load. No include guard: once
 // per instruction set.
 
-namespace mf::engine::MF_LEVEL {
-
-template <int FIRST, size_t... LANE>
-MF_INLINE V every_other(V a, V b, std::index_sequence<LANE...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, int(FIRST + 2 * LANE)...);
-#else
-  return __builtin_shuffle(a, b, VI{int(FIRST + 2 * LANE)...});
-#endif
-}
+namespace mf::engine::MF_ISA {
 
 // Columns 0 2 4 ... and 1 3 5 ... of a row with a zero before it and one after; each of at least W / 2 + 1 floats
 inline void split_row(const float* row, int W, float* even, float* odd) {
@@ -20,8 +11,8 @@ inline void split_row(const float* row, int W, float* even, float* odd) {
   int i = 0;
   for (; i + LANES <= whole; i += LANES) {
     const V a = load(row + 2 * i), b = load(row + 2 * i + LANES);
-    store(odd + i, every_other<0>(a, b, std::make_index_sequence<LANES>{}));
-    store(even + i + 1, every_other<1>(a, b, std::make_index_sequence<LANES>{}));
+    store(odd + i, pick<0, 2>(a, b, IntegerSequence<LANES>{}));
+    store(even + i + 1, pick<1, 2>(a, b, IntegerSequence<LANES>{}));
   }
   for (; i < whole; ++i) {
     odd[i] = row[2 * i];
@@ -75,4 +66,4 @@ inline void stem(const Stem& s, int width, float* out, ptrdiff_t out_block) {
   }
 }
 
-}  // namespace mf::engine::MF_LEVEL
+}  // namespace mf::engine::MF_ISA

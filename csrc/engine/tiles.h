@@ -2,9 +2,9 @@
 // 32 inputs at a time. Map and weight may come in pieces that add up to them; the products of all pairs of pieces but
 // the least ones then give what floats would have given. No include guard: once per instruction set.
 
-namespace mf::engine::MF_LEVEL {
+namespace mf::engine::MF_ISA {
 
-#if defined(MF_LEVEL_TILES)
+#if defined(MF_ISA_TILES)
 
 constexpr int TILE = 16;            // rows of a tile, at most
 constexpr int SUMS = TILE * LANES;  // floats of one
@@ -184,4 +184,4 @@ inline void tiles(const Products& p, const Epilogue& e, const uint16_t* a, int b
 
 #endif
 
-}  // namespace mf::engine::MF_LEVEL
+}  // namespace mf::engine::MF_ISA

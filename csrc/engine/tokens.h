@@ -1,51 +1,15 @@
 // What happens to tokens between their linear layers, and the small passes over maps. No include guard: once per
 // instruction set.
 
-namespace mf::engine::MF_LEVEL {
+namespace mf::engine::MF_ISA {
 
-// Every token of x [rows][D] to mean 0 and variance 1, times weight, plus bias
 inline void layer_norm(float* x, const float* weight, const float* bias, int D, int rows) {
-  for (int m = 0; m < rows; ++m, x += D) {
-    V total{};
-    for (int c = 0; c < D; c += LANES) total += load(x + c);
-    const float mean = sum_lanes(total) / D;
-    V squares{};
-    for (int c = 0; c < D; c += LANES) {
-      const V difference = load(x + c) - mean;
-      squares += difference * difference;
-    }
-    const float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) / D + 1e-5f);
-    for (int c = 0; c < D; c += LANES) store(x + c, (load(x + c) - mean) * scale * load(weight + c) + load(bias + c));
-  }
+  mf::MF_ISA::layer_norm(x, weight, bias, 1e-5f, rows, D);
 }
 
-// out[i] = sum over j of softmax over j (q[i] . tokens[j]) tokens[j], head by head; q carries scale and log2(e)
+// q carries scale and log2(e)
 inline void former_attention(const float* q, const float* tokens, float* out, int D, int M, int rows) {
-  const int E = D / FORMER_HEADS;
-  for (int first = 0; first < D; first += E) {
-    for (int i = 0; i < rows; ++i) {
-      float weights[BLOCK];
-      for (float& weight : weights) weight = -3.0e38f;
-      float top = -3.0e38f;
-      for (int j = 0; j < M; ++j) {
-        V dot{};
-        for (int c = first; c < first + E; c += LANES) dot += load(q + i * D + c) * load(tokens + j * D + c);
-        weights[j] = sum_lanes(dot);
-        top = weights[j] > top ? weights[j] : top;
-      }
-      float total = 0;
-      for (int lane = 0; lane < BLOCK; lane += LANES) {
-        const V power = exp2(load(weights + lane) - top);
-        store(weights + lane, power);
-        total += sum_lanes(power);
-      }
-      for (int c = first; c < first + E; c += LANES) {
-        V sum{};
-        for (int j = 0; j < M; ++j) sum += load(tokens + j * D + c) * weights[j];
-        store(out + i * D + c, sum / total);
-      }
-    }
-  }
+  attend_tokens(out, q, tokens, 1.0f, M, rows, D, FORMER_HEADS);
 }
 
 // x [rows][width][16] of one block: the larger of two lines, whose slopes are the mix [positions][8] of those of the
@@ -83,4 +47,4 @@ inline void mean(const float* x, int positions, float* out) {
   }
 }
 
-}  // namespace mf::engine::MF_LEVEL
+}  // namespace mf::engine::MF_ISA

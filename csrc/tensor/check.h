@@ -2,7 +2,8 @@
 // into addresses. Said once for CPU and CUDA. A message is one line: operator, argument, what was expected, what came.
 #pragma once
 
-#include "common/feature_map.h"
+#include "common/math.h"
+#include "tensor/feature_map.h"
 
 #include <optional>
 #include <sstream>
@@ -15,7 +16,6 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t MOST_ELEMENTS = int64_t(1) << 40;  // of one tensor: sizes made of it then stay within 64 bits
 constexpr int64_t LONGEST_SIDE = (int64_t(1) << 31) - 1;
-constexpr int64_t MOST_TOKENS = 8;  // that attention kernels are compiled for
 
 struct Argument {  // its name; of a list also the place
   const char* name;
@@ -111,8 +111,8 @@ class Arguments {
       refuse(op, "num_heads", "a divisor of C = ", x.size(1), ", got ", num_heads);
     }
     rank(name, t, 3, "(B, M, C)");
-    if (t.size(1) < 1 || t.size(1) > MOST_TOKENS) {
-      refuse(op, name, "(B, M, C) with M from 1 to ", MOST_TOKENS, ", got ", shape_text(t.sizes()));
+    if (t.size(1) < 1 || t.size(1) > MAX_TOKENS) {
+      refuse(op, name, "(B, M, C) with M from 1 to ", MAX_TOKENS, ", got ", shape_text(t.sizes()));
     }
     tensor(name, t, {x.size(0), t.size(1), x.size(1)});
   }
