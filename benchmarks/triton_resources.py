@@ -11,20 +11,24 @@ forward and backward, each distinct kernel once. Takes ten minutes on one core.
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton_launches import launches_of, resources, settings
 
-from mf_kernels.testing import CASES, TIMED
+import mf_kernels
+import mobileformer
+from mf_kernels.testing import CASES, Case
 from mf_kernels.triton._launch import Launch
 
 ROOT = Path(__file__).parents[1]
@@ -32,14 +36,15 @@ KERNELS = ROOT / "mf_kernels" / "triton"
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = ROOT / "docs" / "triton.md"
 VERSIONS = ("3.6", "3.9")  # of torch 2.11, and of the torch that is tested here
-# rows -> those of `mf_kernels.testing`; a batch of None is the row's own
-CASES_OF = {"layers": TIMED, "tests": tuple(case for case in CASES if not case.layer_of and case.shapes["x"][0])}
-CONFIGURATIONS = (
-    {"rows": "layers", "arch": 90, "dtype": "bfloat16", "channels_last": True, "batch": 128},
-    {"rows": "layers", "arch": 80, "dtype": "bfloat16", "channels_last": True, "batch": 128},
-    {"rows": "layers", "arch": 90, "dtype": "float32", "channels_last": False, "batch": 1},
-    {"rows": "tests", "arch": 90, "dtype": "bfloat16", "channels_last": True, "batch": None},
-    {"rows": "tests", "arch": 90, "dtype": "float32", "channels_last": False, "batch": None},
+# a batch of None is the row's own
+CONFIGURATIONS = tuple(
+    {"rows": rows, "arch": arch, **form, "batch": batch if rows == "layers" else None}
+    for rows in ("layers", "tests")
+    for form, batch in (
+        ({"dtype": "bfloat16", "channels_last": True}, 128),
+        ({"dtype": "float32", "channels_last": False}, 1),
+    )
+    for arch in (90, 80)
 )
 NEEDS = ("registers", "spilled_bytes", "shared_bytes", "loads", "stores")
 
@@ -49,13 +54,65 @@ def path_of(version: str) -> Path:
     return RESULTS / f"triton-resources-{'.'.join(version.split('.')[:2])}.json"
 
 
+def cases_of(rows: str) -> tuple[Case, ...]:
+    """Rows of operators: "layers", of every variant at 224 x 224, or "tests", those that are there for a branch."""
+    if rows == "tests":
+        return tuple(case for case in CASES if not case.layer_of and case.shapes["x"][0])
+    return tuple({case.id: case for variant in mobileformer.VARIANTS for case in layers_of(variant)}.values())
+
+
+def layers_of(variant: str) -> Iterator[Case]:
+    """What one image through a variant calls, in evaluation and in training; joined operators as what they join."""
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    with contextlib.ExitStack() as patches, torch.device("meta"):
+        for op in ("mobile_to_former", "former_to_mobile", "former_to_mobile_", "dynamic_relu", "dynamic_relu_",
+                   "depthwise_conv2d", "depthwise_dynamic_relu", "batch_norm_activation"):  # fmt: skip
+            patches.enter_context(mock.patch.object(mf_kernels, op, recorder(calls, op, getattr(mf_kernels, op))))
+        model = mobileformer.Model(variant)
+        for training in (False, True):
+            model.train(training)
+            with torch.set_grad_enabled(training):
+                model(torch.empty(2, 3, 224, 224))
+    for op, tensors, options in calls:
+        x, *others = (tuple(t.shape) if t is not None else None for t in tensors)
+        if op == "depthwise_dynamic_relu":
+            weight, bias, theta = others
+            C, stride = weight[0], options["stride"]
+            yield case("depthwise_conv2d", x, (weight, bias), {"stride": stride, "activation": "identity"})
+            yield case("dynamic_relu", (x[0], C, -(-x[2] // stride), -(-x[3] // stride)), (theta,), {})
+        elif op == "batch_norm_activation":
+            if options["theta"] is not None:
+                yield case("dynamic_relu", x, (tuple(options["theta"].shape),), {})
+        else:
+            yield case(op.removesuffix("_"), x, others, options)
+
+
+def recorder(calls: list[Any], op: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, which notes its calls as (op, positional arguments, options)."""
+
+    def call(*arguments: Any, **options: Any) -> Tensor:
+        calls.append((op, arguments, options))
+        return function(*arguments, **options)
+
+    return call
+
+
+def case(op: str, x: tuple[int, ...], others: Sequence[tuple[int, ...] | None], options: dict[str, Any]) -> Case:
+    """The row of an operator whose first argument has the shape `x`."""
+    names = {"mobile_to_former": ["q"], "former_to_mobile": ["k", "v"], "dynamic_relu": ["theta"],
+             "depthwise_conv2d": ["weight", "bias"]}[op]  # fmt: skip
+    shapes = {"x": x} | {n: shape for n, shape in zip(names, others, strict=False) if shape is not None}
+    name = "-".join(["x".join(map(str, shape)) for shape in shapes.values()] + [str(o) for o in options.values()])
+    return Case(op, name, shapes, "a layer", options)
+
+
 def rows() -> Iterator[tuple[dict[str, Any], Launch]]:
     """Each distinct kernel and setting once, with the first row that launches it, and that launch."""
     seen = set()
     for configuration in CONFIGURATIONS:
         arch, batch, channels_last = (configuration[key] for key in ("arch", "batch", "channels_last"))
         dtype = getattr(torch, configuration["dtype"])
-        for case in CASES_OF[configuration["rows"]]:
+        for case in cases_of(configuration["rows"]):
             batch_of_row = case.shapes["x"][0] if batch is None else batch
             for call in launches_of(case, dtype, channels_last=channels_last, batch=batch_of_row, arch=arch):
                 kernel = {"kernel": call.kernel.__name__, "arguments": specialized(call), "settings": settings(call)}
@@ -114,7 +171,7 @@ def markdown(written: list[dict[str, Any]]) -> str:
         "Written by `python benchmarks/triton_resources.py`, which compiles for real and needs no card. The kernels",
         "are executed in Triton's interpreter and not yet timed on a card. Each line is the worst over a kernel's",
         "settings: most registers, spilled bytes and shared memory, fewest bytes that one load or store of a thread",
-        "moves at its widest. Layers are those of 26m, 294m and 508m; tests are the rows that are there for a branch.",
+        "moves at its widest. Layers are those of the seven variants at 224 x 224; tests are the rows that are there for a branch.",
     ]
     for result in written:
         name = path_of(result["triton"]).name

@@ -127,7 +127,7 @@ def attention(
     all_tiles = ceil_div(L, block_l)
     splits = splits_of(all_tiles, programs, 4 * multiprocessors(capability), 128)
     num_warps = 4 if block_l * block_e >= 1024 else 2
-    if backward and dtype == torch.float32 and block_l == 128:
+    if backward and dtype == torch.float32 and (block_l == 128 or chunks > 1):
         num_warps = 8  # with 4 it spills
     return Attention(block_l, block_e, chunks, depth, ceil_div(all_tiles, splits), splits, num_warps, 2)
 
