@@ -171,7 +171,8 @@ def markdown(written: list[dict[str, Any]]) -> str:
         "Written by `python benchmarks/triton_resources.py`, which compiles for real and needs no card. The kernels",
         "are executed in Triton's interpreter and not yet timed on a card. Each line is the worst over a kernel's",
         "settings: most registers, spilled bytes and shared memory, fewest bytes that one load or store of a thread",
-        "moves at its widest. Layers are those of the seven variants at 224 x 224; tests are the rows that are there for a branch.",
+        "moves at its widest. Layers are those of the seven variants at 224 x 224; tests are the rows that are there",
+        "for a branch.",
     ]
     for result in written:
         name = path_of(result["triton"]).name
