@@ -177,15 +177,6 @@ def _run(
     return told
 
 
-def _watched(batches: Iterator[Any], images: int) -> Iterator[Any]:
-    """The batches, with a bar over the images for whoever watches."""
-    bar = progress(None, "images", total=images)
-    with bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch.y) + len(batch.broken))
-
-
 def _predictors(weights: Path, paths: tuple[str | None, ...], precision: str, **options: Any) -> dict[str, Predictor]:
     """What computes, by the name that the report has for it: the path, with "-bf16" behind it for bfloat16."""
     found = {}
@@ -201,6 +192,15 @@ def _on_tensors(predictor: Predictor) -> Callable[[Tensor], Tensor]:
     import torch
 
     return lambda x: torch.from_numpy(predictor.logits(x.numpy()))
+
+
+def _watched(batches: Iterator[Any], images: int) -> Iterator[Any]:
+    """The batches, with a bar over the images for whoever watches."""
+    bar = progress(None, "images", total=images)
+    with bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch.y) + len(batch.broken))
 
 
 def _described(report: Report, names: tuple[str, ...] | list[str], seconds: float) -> dict[str, Any]:
