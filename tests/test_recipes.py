@@ -95,7 +95,7 @@ def test_tasks_that_there_are_none_of(tmp_path: Path, task: Any, got: str) -> No
         (tmp_path / "recipe.toml").write_text(f"task = {json.dumps(task)}")
         with pytest.raises(RecipeError, match=r"^task: expected "):
             read_recipe(tmp_path / "recipe.toml")
-    with pytest.raises(RecipeError, match="^task: expected "):
+    with pytest.raises(RecipeError, match=r"^task: expected "):
         ClassificationRecipe(task=task)
 
 
