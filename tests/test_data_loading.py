@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from data_support import Numbers
+from PIL import Image
 
 from mobileformer.data import (
     ArraySource,
@@ -113,6 +116,43 @@ def test_a_batch_of_broken_images_is_empty() -> None:
     assert [batch.x.shape for batch in batches] == [(0, 1, 6, 6)] * 2
     assert [len(batch.broken) for batch in batches] == [4, 4]
     assert (batches[0].y.dtype, batches[0].y.shape) == (torch.int64, (0,))
+
+
+class Spread:
+    """A transform of whole samples: a target is a list as long as the class says, and random like the image."""
+
+    channels = 1
+
+    def __call__(self, sample: tuple[Image.Image, int], rng: np.random.Generator) -> tuple[float, list[float]]:
+        image, label = sample
+        noise = rng.random()
+        return float(np.asarray(image)[0, 0]) + noise, [noise] * label
+
+    def collate(self, samples: Iterable[tuple[float, list[float]]], most: int) -> tuple[torch.Tensor, Any]:
+        given = list(samples)
+        return torch.tensor([value for value, _ in given]), {"lists": [target for _, target in given], "most": most}
+
+
+def test_sample_and_target_travel_together() -> None:
+    source = Numbers(50, broken=frozenset([7, 20]))
+    options = {"batch_size": 4, "slots": 2, "epoch": 0, "seed": 5}
+    batches = list(training_batches(source, Spread(), **options))
+    labelled = epoch(source)
+    assert [batch.index.tolist() for batch in batches] == [batch.index.tolist() for batch in labelled]
+    assert [batch.broken for batch in batches] == [batch.broken for batch in labelled]
+    assert any(batch.broken for batch in batches)
+    for batch in batches:
+        assert batch.y["most"] == 4
+        for value, target, index in zip(batch.x.tolist(), batch.y["lists"], batch.index.tolist(), strict=True):
+            noise = np.random.default_rng((5, 0, index)).random()
+            assert target == [noise] * (index % 10)
+            assert value == pytest.approx(index + noise, abs=1e-5)
+    again = list(training_batches(source, Spread(), **options, workers=1))
+    assert all(torch.equal(a.x, b.x) and a.y == b.y for a, b in zip(batches, again, strict=True))
+    whole = list(evaluation_batches(source, Spread(), batch_size=20))
+    assert [len(batch.y["lists"]) for batch in whole] == [19, 19, 10]
+    with pytest.raises(ValueError, match="transform: its result has 1 channels, the images have 3"):
+        evaluation_batches(ArraySource(np.zeros((4, 4, 4, 3), np.uint8), [0] * 4, ("a",)), Spread(), batch_size=2)
 
 
 def test_other_errors_are_not_swallowed() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from mobileformer import Model
+from mobileformer.tasks.classification import ClassificationRecipe
 from mobileformer.training import (
     Recipe,
     RecipeError,
@@ -63,6 +66,52 @@ def test_overrides_and_round_trip(tmp_path: Path) -> None:
     write_recipe(recipe, tmp_path / "resolved.toml")
     assert read_recipe(tmp_path / "resolved.toml") == recipe
     assert [each.name for each in tmp_path.iterdir()] == ["resolved.toml"]
+
+
+def test_a_recipe_is_of_its_tasks_kind(tmp_path: Path) -> None:
+    for recipe in (Recipe(), Recipe(task="classification", mixup=0.5), read_recipe("294m", ["task=classification"])):
+        assert isinstance(recipe, Recipe)
+        assert type(recipe) is ClassificationRecipe
+        assert recipe.task == "classification"
+        assert pickle.loads(pickle.dumps(recipe)) == recipe == dataclasses.replace(recipe)
+    assert Recipe(mixup=0.5) == ClassificationRecipe(mixup=0.5) != Recipe()
+    write_recipe(Recipe(), tmp_path / "now.toml")
+    lines = (tmp_path / "now.toml").read_text().splitlines()
+    assert lines[0] == 'task = "classification"'
+    (tmp_path / "before.toml").write_text("\n".join(lines[1:]))  # as recipes were written before there were tasks
+    assert read_recipe(tmp_path / "before.toml") == read_recipe(tmp_path / "now.toml") == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("task", "got"),
+    [("detection", "'detection'"), ("", "''"), ("../x", "'../x'"), (3, "3"), ([], "[]"), (None, "None")],
+)
+def test_tasks_that_there_are_none_of(tmp_path: Path, task: Any, got: str) -> None:
+    for make in (lambda: Recipe(task=task), lambda: read_recipe("294m", {"task": task})):
+        with pytest.raises(RecipeError, match=r"^task: expected ") as told:
+            make()
+        assert str(told.value).endswith(f", got {got}")
+    if task is not None:
+        (tmp_path / "recipe.toml").write_text(f"task = {json.dumps(task)}")
+        with pytest.raises(RecipeError, match=r"^task: expected "):
+            read_recipe(tmp_path / "recipe.toml")
+    with pytest.raises(RecipeError, match=r"^task: expected "):
+        ClassificationRecipe(task=task)
+
+
+def test_unknown_keys_are_told_the_right_ones(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("mixups = 0.2")
+    for name, overrides in (("294m", ["mixups=0.2"]), (tmp_path / "recipe.toml", ())):
+        with pytest.raises(RecipeError, match=r"^mixups: no such key in a recipe; there are task, .*epochs.*, mixup, "):
+            read_recipe(name, overrides)
+
+
+def test_every_key_is_explained() -> None:
+    told = f"{Recipe.__doc__} {ClassificationRecipe.__doc__}"
+    # "learning_rate .." stands for the optimizer's
+    rest = {"warmup_learning_rate", "minimum_learning_rate", "weight_decay", "beta1", "beta2", "epsilon"}
+    missing = [key for key in dataclasses.asdict(Recipe()) if key not in told]
+    assert set(missing) <= rest
 
 
 def test_size_by_epoch() -> None:
