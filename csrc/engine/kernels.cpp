@@ -36,8 +36,8 @@ namespace rest = MF_LEVEL;
 extern const Kernels KERNELS = {
     MF_NAME(MF_LEVEL),
     LANES,
-    HALF_RUN,
-    HALF_STEP,
+    BF16_RUN,
+    BF16_STEP,
     pointwise,
     rest::split_row,
     rest::stem,
@@ -47,7 +47,7 @@ extern const Kernels KERNELS = {
     rest::layer_norm,
     rest::former_attention,
     rest::spatial_relu,
-    to_half,
+    to_bf16_map,
     rest::mean,
 };
 
