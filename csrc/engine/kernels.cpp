@@ -7,19 +7,19 @@
 
 #include "engine/vector.h"
 
-#include "engine/tiles.h"
+#include "engine/tiles.isa.h"
 
-#include "engine/pointwise.h"
+#include "engine/pointwise.isa.h"
 
-#include "engine/depthwise.h"
+#include "engine/depthwise.isa.h"
 
 #include "engine/scores.h"
 
-#include "engine/attention.h"
+#include "engine/attention.isa.h"
 
-#include "engine/stem.h"
+#include "engine/stem.isa.h"
 
-#include "engine/tokens.h"
+#include "engine/tokens.isa.h"
 
 namespace mf::engine::MF_LEVEL {
 
