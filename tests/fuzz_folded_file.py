@@ -47,30 +47,43 @@ WORDS = [
     b"NaN",
     b"18446744073709551616",
     b"F16",
+    b"I8",
+    b"I16",
     b"\xff",
 ]
 
 
 def seeds() -> Iterator[bytes]:
-    """Whole files: a few arrays, and a network without its zeros."""
+    """Whole files: a few arrays, and networks without their zeros, one of floats and one with integers."""
     rows = {
         "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
         "b": {"dtype": "F32", "shape": [], "data_offsets": [24, 28]},
         "c": {"dtype": "F32", "shape": [0, 7], "data_offsets": [28, 28]},
+        "d": {"dtype": "I8", "shape": [3], "data_offsets": [28, 31]},
+        "e": {"dtype": "I16", "shape": [1, 2], "data_offsets": [31, 35]},
     }
-    yield pack(rows, 28)
+    yield pack(rows, bytes(35))
     metadata = Metadata("26m", 1, 3, labels=("cat",), mean=(0.5,) * 3, std=(0.5,) * 3)
-    rows, at = {"__metadata__": encode(metadata, form=FORMAT, version=1)}, 0
-    for name, shape in array_shapes(metadata).items():
-        size = 4 * int(np.prod(shape))
-        rows[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
+    yield pack(network_rows(metadata, {}), b"")
+    yield pack(network_rows(metadata, INTEGERS), np.ones(SCALES, "<f4").tobytes())
+
+
+def network_rows(metadata: Metadata, integers: dict[str, str]) -> dict:
+    """The header of a network, whose scales come first."""
+    shapes = array_shapes(metadata)
+    scales = {f"{name}.scale": shapes[name][:1] for name in integers}
+    rows, at = {"__metadata__": encode(metadata, form=FORMAT, version=2 if integers else 1)}, 0
+    for name, shape in {**scales, **shapes}.items():
+        dtype = integers.get(name, "F32")
+        size = ITEM[dtype] * int(np.prod(shape))
+        rows[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
-    yield pack(rows, 0)
+    return rows
 
 
-def pack(rows: dict, size: int) -> bytes:
+def pack(rows: dict, content: bytes) -> bytes:
     text = json.dumps(rows, separators=(",", ":")).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(size)
+    return struct.pack("<Q", len(text)) + text + content
 
 
 def damage(content: bytes, chance: random.Random) -> bytes:
@@ -105,11 +118,12 @@ def attempt(content: bytes) -> bool:
     path.write_bytes(content)
     length = int.from_bytes(content[:8], "little")
     if b"__metadata__" in content and length < len(content):  # the network's zeros, which take no place on a disk
-        os.truncate(path, 8 + length + 4 * TOTAL)
+        os.truncate(path, 8 + length + (TOTAL_OF_INTEGERS if b'"I16"' in content else TOTAL))
     try:
         for name, array in read_safetensors(path)[0].items():
             assert isinstance(name, str)
-            assert array.dtype == np.float32
+            assert array.dtype in (np.float32, np.int8, np.int16)
+            assert array.flags.aligned
             float(array.sum())
         network = FoldedNetwork.load(path)
         assert all(np.isfinite(array).all() for array in network.arrays.values())
@@ -122,7 +136,15 @@ def attempt(content: bytes) -> bool:
     return False
 
 
-TOTAL = sum(int(np.prod(shape)) for shape in array_shapes(Metadata("26m", 1, 3)).values())
+def total(integers: dict[str, str]) -> int:
+    rows = network_rows(Metadata("26m", 1, 3), integers)
+    return max(row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__")
+
+
+ITEM = {"F32": 4, "I8": 1, "I16": 2}
+INTEGERS = {"blocks.0.project.weight": "I8", "blocks.1.project.weight": "I16"}  # of 12 channels each
+SCALES = 24
+TOTAL, TOTAL_OF_INTEGERS = total({}), total(INTEGERS)
 
 
 def fuzz_with_loop(seconds: float) -> None:

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from engine_support import exact_model, folded
+from engine_support import exact_model, folded, needs_engine
 from golden_support import recipe_model
 from torch import nn
 
 from mobileformer import Metadata, Model, WeightsError, load_model, save_weights
 from mobileformer.config import VARIANTS
 from mobileformer.files.safetensors import read_safetensors
-from mobileformer.inference import FoldedNetwork, fold
+from mobileformer.inference import Engine, FoldedNetwork, fold
 from mobileformer.inference.folded import array_shapes
 from mobileformer.measure.difference import lively_weights_
 
@@ -194,9 +194,9 @@ def test_a_network_made_by_hand_is_checked() -> None:
     for line in (
         "missing: tokens",
         "unexpected: more",
-        "wrong dtype: stem.weight: expected a float32 array, got float64",
+        "wrong dtype: stem.weight: expected a float32, int8 or int16 array, got float64",
         "wrong shape: head.fc.bias is 1023, expected 1024",
-        "wrong dtype: head.classifier.weight: expected a float32 array, got torch.float32",
+        "wrong dtype: head.classifier.weight: expected a float32, int8 or int16 array, got torch.float32",
     ):
         assert line in str(caught.value)
 
@@ -287,6 +287,7 @@ def test_what_a_header_may_be(tmp_path: Path) -> None:
     arrays, metadata = read_safetensors(path)
     assert {name: array.shape for name, array in arrays.items()} == {"a": (2,), "b": (0, 5), "s": ()}
     assert metadata == {}
+    assert {array.dtype for array in arrays.values()} == {np.dtype(np.float32)}
     path = write(tmp_path / "b", b'{"__metadata__": {"x": "y"}}   ', 0)
     assert read_safetensors(path) == ({}, {"x": "y"})
 
@@ -310,8 +311,14 @@ def test_what_a_header_may_be(tmp_path: Path) -> None:
         ({"a": row(0, 0, 2**70, 0)}, 0, "a: 0 bytes for the shape"),
         ({"a": row(0, 4, *[1] * 70)}, 4, "a: 4 bytes for the shape"),
         ({"a": row(0, 2**64, 2**62)}, 8, "cut off: its header tells of 18446744073709551616 bytes"),
-        ({"a": row(0, 4, 2, dtype="F16")}, 4, "a: expected dtype F32, got 'F16'"),
-        ({"a": row(0, 8, 2, dtype=["F32"])}, 8, "a: expected dtype F32, got"),
+        ({"a": row(0, 4, 2, dtype="F16")}, 4, "a: expected dtype F32, I8 or I16, got 'F16'"),
+        ({"a": row(0, 4, 2, dtype="U8")}, 4, "a: expected dtype F32, I8 or I16, got 'U8'"),
+        ({"a": row(0, 4, 2, dtype="I32")}, 4, "a: expected dtype F32, I8 or I16, got 'I32'"),
+        ({"a": row(0, 4, 2, dtype="i8")}, 4, "a: expected dtype F32, I8 or I16, got 'i8'"),
+        ({"a": row(0, 4, 1, dtype="I8")}, 4, "a: 4 bytes for the shape"),
+        ({"a": row(0, 3, 2, dtype="I16")}, 3, "a: 3 bytes for the shape"),
+        ({"a": row(0, 3, 3, dtype="I8"), "b": row(4, 8, 1)}, 8, "b: begins at byte 4, the array before ends at 3"),
+        ({"a": row(0, 8, 2, dtype=["F32"])}, 8, "a: expected dtype F32, I8 or I16, got"),
         ({"a": {"dtype": "F32", "shape": [2]}}, 8, "a: expected dtype, shape and data_offsets"),
         ({"a": [0, 8]}, 8, "a: expected dtype, shape and data_offsets"),
         ({"a": {**row(0, 8, 2), "shape": None}}, 8, "a: expected lists"),
@@ -359,7 +366,7 @@ def test_a_file_cut_anywhere_is_told(small: FoldedNetwork, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m, a: m.update(format_version="2"), "format version 2, this package reads up to 1; update it"),
+        (lambda m, a: m.update(format_version="3"), "format version 3, this package reads up to 2; update it"),
         (lambda m, a: m.update(format_version="x"), "its metadata is damaged"),
         (lambda m, a: m.update(variant="295m"), "unknown variant '295m'"),
         (lambda m, a: m.update(variant="52m"), "wrong shape: blocks.0.project.weight is 12x6x1x1, expected 12x24x1x1"),
@@ -379,7 +386,10 @@ def test_a_file_cut_anywhere_is_told(small: FoldedNetwork, tmp_path: Path) -> No
         (lambda m, a: a.pop("stem.bias"), "missing: stem.bias"),
         (lambda m, a: a.update(extra=np.zeros(1, np.float32)), "unexpected: extra"),
         (lambda m, a: a.update(tokens=np.zeros((3, 127), np.float32)), "wrong shape: tokens is 3x127, expected 3x128"),
-        (lambda m, a: a.update(tokens=np.zeros((3, 128), np.float16)), "tokens: expected dtype F32, got 'F16'"),
+        (
+            lambda m, a: a.update(tokens=np.zeros((3, 128), np.float16)),
+            "tokens: expected dtype F32, I8 or I16, got 'F16'",
+        ),
         (lambda m, a: a.update(tokens=np.full((3, 128), np.nan, np.float32)), "not finite: tokens holds NaN"),
         (lambda m, a: a["tokens"].__setitem__((2, 127), -np.inf), "not finite: tokens holds NaN or infinity"),
     ],
@@ -392,6 +402,132 @@ def test_what_does_not_fit_the_variant_is_told(
     with safetensors.safe_open(path, framework="numpy") as file:
         metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(metadata, arrays)
+    safetensors.numpy.save_file(arrays, path, metadata)
+    with pytest.raises(WeightsError, match=r"network\.safetensors: ") as caught:
+        FoldedNetwork.load(path)
+    assert message in str(caught.value)
+
+
+def test_arrays_of_integers_are_read_wherever_they_lie(tmp_path: Path) -> None:
+    """Behind three bytes nothing is at a multiple of its size; compiled code must be able to read it all the same."""
+    expected = {
+        "a": np.array([-128, 0, 127], np.int8),
+        "b": np.array([-0.5, 3], np.float32),
+        "c": np.array([[-32768, 258]], np.int16),
+    }
+    header = {"a": row(0, 3, 3, dtype="I8"), "b": row(3, 11, 2), "c": row(11, 15, 1, 2, dtype="I16")}
+    path = write(tmp_path / "a", header, 0)
+    path.write_bytes(path.read_bytes() + b"".join(array.tobytes() for array in expected.values()))
+    arrays, _ = read_safetensors(path)
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, expected[name], strict=True)
+        assert array.flags.aligned
+        assert not array.flags.writeable
+
+
+def quantised(network: FoldedNetwork, dtype: type, *names: str) -> dict[str, np.ndarray]:
+    """The network's arrays, those of that name in steps of the dtype's largest integer."""
+    arrays, largest = dict(network.arrays), np.iinfo(dtype).max
+    for name in names:
+        scale = np.abs(arrays[name]).reshape(len(arrays[name]), -1).max(1) / largest
+        steps = arrays[name] / scale.reshape(-1, *[1] * (arrays[name].ndim - 1))
+        arrays |= {name: np.rint(steps).astype(dtype), f"{name}.scale": scale.astype(np.float32)}
+    return arrays
+
+
+EIGHT = ("blocks.0.project.weight", "blocks.1.depthwise.weight")
+SIXTEEN = ("head.classifier.weight", "blocks.2.former.query.weight")
+
+
+@pytest.fixture
+def integers(small: FoldedNetwork) -> dict[str, np.ndarray]:
+    return quantised(FoldedNetwork(small.metadata, quantised(small, np.int8, *EIGHT)), np.int16, *SIXTEEN)
+
+
+def test_weights_may_be_integers(small: FoldedNetwork, integers: dict[str, np.ndarray], tmp_path: Path) -> None:
+    network = FoldedNetwork(small.metadata, integers)
+    assert small.integers == ()
+    assert set(network.integers) == {*EIGHT, *SIXTEEN}
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    network.save(first)
+    again = FoldedNetwork.load(first)
+    assert again.metadata == network.metadata
+    assert again.arrays.keys() == integers.keys()
+    for name, array in again.arrays.items():
+        np.testing.assert_array_equal(array, integers[name], strict=True)
+    again.save(second)
+    for name, array in safetensors.numpy.load_file(second).items():  # somebody else's reader, of what is written back
+        np.testing.assert_array_equal(array, integers[name], strict=True)
+    small.save(second)
+    for path, version in ((first, "2"), (second, "1")):  # files of floats stay what older releases read
+        with safetensors.safe_open(path, framework="numpy") as file:
+            assert file.metadata()["format_version"] == version
+
+
+@needs_engine
+def test_todays_engine_refuses_integers(small: FoldedNetwork, integers: dict[str, np.ndarray], tmp_path: Path) -> None:
+    network = FoldedNetwork(small.metadata, integers)
+    network.save(tmp_path / "a.safetensors")
+    for source in (network, tmp_path / "a.safetensors"):
+        with pytest.raises(
+            ValueError, match=r"^source: expected a network of float32 arrays, got int\d+ in "
+        ) as caught:
+            Engine(source)
+        assert str(caught.value).endswith(" and integers in 3 more, which this engine does not run")
+        assert "\n" not in str(caught.value)
+    only = quantised(small, np.int8, EIGHT[0])
+    with pytest.raises(ValueError, match=rf"got int8 in {EIGHT[0]}, which this engine does not run$"):
+        Engine(FoldedNetwork(small.metadata, only))
+
+
+SCALE = f"{EIGHT[0]}.scale"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop(SCALE), f"missing: {SCALE}"),
+        (lambda a: a.update({SCALE: a[SCALE][:-1]}), f"wrong shape: {SCALE} is 11, expected 12"),
+        (lambda a: a.update({SCALE: a[SCALE][:, None]}), f"wrong shape: {SCALE} is 12x1, expected 12"),
+        (lambda a: a.update({SCALE: np.array(0.5, np.float32)}), f"wrong shape: {SCALE} is a scalar, expected 12"),
+        (
+            lambda a: a.update({SCALE: np.ones(12, np.int8)}),
+            f"wrong dtype: {SCALE}: expected a float32 array, got int8",
+        ),
+        (lambda a: a[SCALE].__setitem__(3, np.nan), f"not finite: {SCALE} holds NaN or infinity"),
+        (lambda a: a[SCALE].__setitem__(11, np.inf), f"not finite: {SCALE} holds NaN or infinity"),
+        (lambda a: a[SCALE].__setitem__(0, 0), f"out of range: {SCALE}: expected positive numbers, got 0"),
+        (lambda a: a[SCALE].__setitem__(5, -0.5), f"out of range: {SCALE}: expected positive numbers, got -0.5"),
+        (lambda a: a[SCALE].__setitem__(5, 3e38), f"out of range: {SCALE}: times the largest integer, 3e+38 is no"),
+        (lambda a: a[EIGHT[0]].__setitem__((2, 3), -128), f"out of range: {EIGHT[0]}: expected integers from -127"),
+        (
+            lambda a: a[SIXTEEN[0]].__setitem__((1, 3), -32768),
+            f"{SIXTEEN[0]}: expected integers from -32767, got -32768",
+        ),
+        (lambda a: a.update({EIGHT[0]: a[EIGHT[0]][:-1]}), f"wrong shape: {EIGHT[0]} is 11x"),
+        (lambda a: a.update({EIGHT[0]: a[EIGHT[0]].astype(np.float32)}), f"unexpected: {SCALE}"),
+        (lambda a: a.update({"stem.weight.scale": np.ones(8, np.float32)}), "unexpected: stem.weight.scale"),
+        (lambda a: a.update({"stem.bias": np.zeros(8, np.int8)}), "stem.bias: expected a float32 array, got int8"),
+        (lambda a: a.update(tokens=np.zeros((3, 128), np.int16)), "tokens: expected a float32 array, got int16"),
+        (
+            lambda a: a.update({"mobile_to_former.norm.weight": np.ones(128, np.int8)}),
+            "wrong dtype: mobile_to_former.norm.weight: expected a float32 array, got int8",
+        ),
+    ],
+)
+def test_integers_that_do_not_fit_are_told(
+    small: FoldedNetwork,
+    integers: dict[str, np.ndarray],
+    tmp_path: Path,
+    change: Callable[[dict], object],
+    message: str,
+) -> None:
+    path = tmp_path / "network.safetensors"
+    FoldedNetwork(small.metadata, integers).save(path)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(arrays)
     safetensors.numpy.save_file(arrays, path, metadata)
     with pytest.raises(WeightsError, match=r"network\.safetensors: ") as caught:
         FoldedNetwork.load(path)

@@ -20,7 +20,7 @@ Classifier::Classifier(const Config& config, LayerBuilder& build)
   if (groups > 1) {
     for (int i = 0; i < C; ++i) source[i % groups * (C / groups) + i / groups] = i;
   }
-  expand_ = build.pointwise("head.expand", 6 * C, C, source, false, build.pieces(stride), false);
+  expand_ = build.pointwise("head.expand", 6 * C, C, source, false, build.parts(stride), false);
   linear_at_ = build.taken();
   fc_ = build.linear("head.fc", config.hidden_features, 6 * C + config.token_dim);
   classifier_ = build.linear("head.classifier", config.num_classes, config.hidden_features);
@@ -31,7 +31,7 @@ Classifier::Classifier(const Config& config, LayerBuilder& build)
 
 Classifier::Space Classifier::space_for(const Map& last, Arena& arena, const Kernels& kernels) const {
   return {make_map(arena, expand_.outputs, last.height, last.width, false),
-          offsets_of(expand_, expand_.half() ? last.half.run : last.block, kernels)};
+          offsets_of(expand_, expand_.reads_bf16() ? last.bf16.run : last.block, kernels)};
 }
 
 void Classifier::prepare(Batch& batch, int images) const {
@@ -44,13 +44,13 @@ void Classifier::pool(const Map& last, const float* token, const Kernels& kernel
                       Batch& batch, int image, Stages* stages) const {
   Worker& worker = member.worker;
   const Map& out = space.hidden;
-  const void* from = expand_.half() ? static_cast<const void*>(last.half.data) : last.data;
-  const int stride = expand_.half() ? kernels.half_run : BLOCK;
+  const void* from = expand_.reads_bf16() ? static_cast<const void*>(last.bf16.data) : last.data;
+  const int stride = expand_.reads_bf16() ? kernels.bf16_run : BLOCK;
   for (size_t g = 0; g < expand_.groups.size(); ++g) {
     Products products = expand_.groups[g].products;
     products.offsets = space.offsets[g].data();
-    products.piece = last.half.piece;
-    products.ahead = member.prefetch.lines();
+    products.part_size = last.bf16.part_size;
+    products.prefetch = member.prefetch.lines();
     Epilogue e;
     e.bias = expand_.bias + ptrdiff_t(g) * expand_.group_blocks * BLOCK;
     e.act = Act::relu6;

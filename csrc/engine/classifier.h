@@ -34,8 +34,8 @@ class Classifier {
   // logits (B, classes)
   void hand_out(const Batch&, int images, float* logits, Stages*) const;
 
-  double multiply_adds() const;                    // of the linear layers, for one image
-  int pieces() const { return expand_.pieces(); }  // of bfloat16 of the last map, 0 where it is read as floats
+  double multiply_adds() const;                  // of the linear layers, for one image
+  int parts() const { return expand_.parts(); }  // of bfloat16 of the last map, 0 where it is read as floats
 
   // Bytes of the arena before the weights of the linear layers, and before what follows them
   size_t linear_at() const { return linear_at_; }

@@ -12,19 +12,19 @@
 
 #include "engine/vector.h"
 
-#include "engine/tiles.h"
+#include "engine/tiles.isa.h"
 
-#include "engine/pointwise.h"
+#include "engine/pointwise.isa.h"
 
-#include "engine/depthwise.h"
+#include "engine/depthwise.isa.h"
 
 #include "engine/scores.h"
 
-#include "engine/attention.h"
+#include "engine/attention.isa.h"
 
-#include "engine/stem.h"
+#include "engine/stem.isa.h"
 
-#include "engine/tokens.h"
+#include "engine/tokens.isa.h"
 
 namespace mf::engine::MF_ISA {
 
@@ -41,8 +41,8 @@ namespace rest = MF_ISA;
 extern const Kernels KERNELS = {
     MF_NAME(MF_ISA),
     LANES,
-    HALF_RUN,
-    HALF_STEP,
+    BF16_RUN,
+    BF16_STEP,
     pointwise,
     rest::split_row,
     rest::stem,
@@ -52,7 +52,7 @@ extern const Kernels KERNELS = {
     rest::layer_norm,
     rest::former_attention,
     rest::spatial_relu,
-    to_half,
+    to_bf16_map,
     rest::mean,
 };
 

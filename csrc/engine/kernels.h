@@ -23,21 +23,22 @@ enum class Act { identity, relu6, relu, hardswish, gelu, hard_sigmoid, dynamic_r
 // How the products of a layer are taken.
 enum class Format {
   f32,         // float map, float weight
-  bf16,        // bfloat16 map and weight, or a few of each that add up to them; `half_step` inputs at a time
+  bf16,        // bfloat16 map and weight, or high and low parts of both; `bf16_step` inputs at a time
   i16_weight,  // float map, weight of 16-bit integers and a factor: where a layer is as slow as its weight arrives
 };
 
-// A map as bfloat16, without border, [pieces][runs][P][Kernels::half_run]: one piece, or two that add up to the map.
-struct Half {
+// A map as bfloat16, without border, [parts][runs][P][Kernels::bf16_run]. One part is the map rounded; of two, the high
+// part is that, and the low one what rounding took away, so that they add up to the map.
+struct Bfloat16Map {
   uint16_t* data = nullptr;  // position 0 of the first channel, or null
-  int pieces = 1;
-  ptrdiff_t piece = 0;  // elements between pieces
-  ptrdiff_t run = 0;    // and between runs of channels
+  int parts = 1;
+  ptrdiff_t part_size = 0;  // elements between parts
+  ptrdiff_t run = 0;        // and between runs of channels
 };
 
-// Weights that will be read soon, to be asked for while arithmetic leaves the memory idle: one cache line every `step`
+// Weights that will be read soon, to be prefetched while arithmetic leaves the memory idle: one cache line every `step`
 // bytes of [at, end).
-struct Ahead {
+struct Prefetch {
   const char* at = nullptr;
   const char* end = nullptr;
   ptrdiff_t step = 64;
@@ -45,19 +46,19 @@ struct Ahead {
 
 // One group of a pointwise layer, ready for one instruction set. Its weight is
 // f32, i16_weight: [panel][depth][vectors of the panel]
-// bf16: [panel][depth][vectors][2], pairs of inputs; with tiles [panel][depth][pieces][vectors][16][lanes][2]
+// bf16: [panel][depth][vectors][2], pairs of inputs; with tiles [panel][depth][parts][vectors][16][lanes][2]
 struct Products {
   Format format = Format::f32;
-  int depth = 0;                     // inputs, or steps of `half_step` inputs
+  int depth = 0;                     // inputs, or steps of `bf16_step` inputs
   const int32_t* offsets = nullptr;  // [depth] where an input lies relative to a position, in elements
   const void* weight = nullptr;
   const float* scale = nullptr;  // i16_weight: [vectors] of the sums
   int rows = 0;                  // of each image, which share no tile with another's; 0: all are of one image
-  int pieces = 1;                // bf16: of map and weight
-  ptrdiff_t piece = 0;           // elements between those of the map
+  int parts = 1;                 // bf16: of map and weight
+  ptrdiff_t part_size = 0;       // elements between those of the map
   int vectors = 0;               // of outputs, in vectors of the instruction set
   bool half_tail = false;        // of the last block, only the lower half is outputs
-  Ahead* ahead = nullptr;        // moved on by what was asked for, or null
+  Prefetch* prefetch = nullptr;  // moved on by what was prefetched, or null
 };
 
 // What happens to the sums of a layer. All channel vectors begin at the group's first output.
@@ -73,7 +74,7 @@ struct Epilogue {
   float* out = nullptr;             // or null
   ptrdiff_t out_block = 0;
   ptrdiff_t out_row = 0;
-  Half half;  // the same as bfloat16, or null
+  Bfloat16Map bf16;  // the same as bfloat16, or null
 };
 
 // A row of the first convolution's output: relu6(3 x 3 of stride 2 + bias).
@@ -96,9 +97,9 @@ struct Depthwise {
   const float* slope2 = nullptr;
   Act act = Act::identity;
   float* out = nullptr;  // one block without border, or null
-  Half half;             // all blocks, or null
-  int half_block = 0;    // which of them is this one
-  Ahead* ahead = nullptr;
+  Bfloat16Map bf16;      // all blocks, or null
+  int bf16_block = 0;    // which of them is this one
+  Prefetch* prefetch = nullptr;
 };
 
 // The positions of a map as the attentions walk them: `rows` runs of `width` positions.
@@ -113,10 +114,10 @@ struct Walk {
 struct Kernels {
   const char* name;
   int lanes;      // floats of a vector
-  int half_run;   // channels of a bfloat16 map that lie together
-  int half_step;  // of them, how many a product takes at a time
+  int bf16_run;   // channels of a bfloat16 map that lie together
+  int bf16_step;  // of them, how many a product takes at a time
   // positions [begin, end) of panels [first, last) of one group; `a` is position 0, `stride` elements from one to the
-  // next: for bf16 always half_run
+  // next: for bf16 always bf16_run
   void (*pointwise)(const Products&, const Epilogue&, const void* a, ptrdiff_t stride, int begin, int end, int first,
                     int last);
   void (*split_row)(const float* row, int width, float* even, float* odd);
@@ -124,16 +125,18 @@ struct Kernels {
   void (*depthwise)(const Depthwise&, int first_row, int last_row);
   // Mobile-to-Former over some rows, queries [C][8] by token: the reference and the sum of the softmax [16] by head
   // and token, untouched where there are no rows, and under them the weighted sums of x [blocks][M][16]; `kept` [positions][16] are the scores, or null
-  void (*mobile_to_former)(const Walk&, const float* queries, int C, int M, float* most, float* sum, float* sums,
+  void (*mobile_to_former)(const Walk&, const float* queries, int C, int M, float* reference, float* sum, float* sums,
                            float* kept);
   // Former-to-Mobile, keys [C][8] by token: x += the values [blocks][M][16], weighted
-  void (*former_to_mobile)(const Walk&, const float* keys, const float* values, int C, int M, float* out, const Half&);
+  void (*former_to_mobile)(const Walk&, const float* keys, const float* values, int C, int M, float* out,
+                           const Bfloat16Map&);
   void (*layer_norm)(float* x, const float* weight, const float* bias, int D, int rows);  // x [rows][D]
   // the attention of `rows` queries over the tokens [M][D]; q, out [rows][D]
   void (*former_attention)(const float* q, const float* tokens, float* out, int D, int M, int rows);
   // x [rows][16] of one block: max(s1 x, s2 x), s = the mix [positions][8] of the tokens' slopes [2][M][16]
   void (*spatial_relu)(float* x, ptrdiff_t row, int width, int rows, const float* mix, const float* slopes, int M);
-  void (*to_half)(const float* x, int positions, const Half&, int block);  // x: one block, from half's first position
+  void (*to_bf16_map)(const float* x, int positions, const Bfloat16Map&,
+                      int block);                           // x: one block, from the map's first position
   void (*mean)(const float* x, int positions, float* out);  // one block: [positions][16] -> hardswish of the mean [16]
 };
 

@@ -8,7 +8,7 @@ namespace mf::engine {
 LayerBuilder::LayerBuilder(const Config& config, Reader& read, Arena& arena, Precision precision,
                            const Kernels& kernels)
     : config_(config), read_(read), arena_(arena), pack_(arena, kernels), precision_(precision),
-      rows_(precision == Precision::bfloat16 ? Format::i16_weight : Format::f32), half_step_(kernels.half_step) {}
+      rows_(precision == Precision::bfloat16 ? Format::i16_weight : Format::f32), bf16_step_(kernels.bf16_step) {}
 
 const float* LayerBuilder::array(const std::string& name, int rows, int width) {
   const float* values = read_(name, {rows, width});
@@ -69,8 +69,8 @@ Linear LayerBuilder::linear(const std::string& name, int outputs, int inputs, fl
 }
 
 Pointwise LayerBuilder::pointwise(const std::string& name, int outputs, int inputs, const Places& source, bool shuffled,
-                                  int pieces, bool to_map) {
-  const Format format = pieces > 0 ? Format::bf16 : Format::f32;
+                                  int parts, bool to_map) {
+  const Format format = parts > 0 ? Format::bf16 : Format::f32;
   const int G = config_.groups, N = outputs / G, K = inputs / G;
   const float* weight = read_(name + ".weight", {outputs, K, 1, 1});
   const float* bias = read_(name + ".bias", {outputs});
@@ -101,10 +101,10 @@ Pointwise LayerBuilder::pointwise(const std::string& name, int outputs, int inpu
     for (int k = 0; k < depth; ++k) channel_at[storage[g * depth + k]] = g * depth + k;
     for (const auto& [place, channel] : channel_at) {
       if (format == Format::bf16) {
-        const int first = place / half_step_ * half_step_;
+        const int first = place / bf16_step_ * bf16_step_;
         if (!group.inputs.empty() && group.inputs.back() == first) continue;
         group.inputs.push_back(first);
-        for (int member = first; member < first + half_step_; ++member) {
+        for (int member = first; member < first + bf16_step_; ++member) {
           const auto found = channel_at.find(member);
           channels.push_back(found == channel_at.end() ? -1 : found->second);
         }
@@ -117,7 +117,7 @@ Pointwise LayerBuilder::pointwise(const std::string& name, int outputs, int inpu
       const int output = row(g, n), channel = channels[k];
       return channel >= 0 && channel / K == output / N ? weight[long(output) * K + channel % K] : 0.0f;
     };
-    group.products = pack_.products(format, width, int(group.inputs.size()), element, pieces);
+    group.products = pack_.products(format, width, int(group.inputs.size()), element, parts);
     layer.groups.push_back(std::move(group));
   }
   layer.bias = pack_.vector(layer.blocks * BLOCK, [&](int i) {
@@ -177,13 +177,13 @@ DepthwiseLayer LayerBuilder::filters(const std::string& name, int channels, int 
   return depthwise(name, in_filters(channels, multiplier, shuffled), stored, in_block, stride);
 }
 
-// One piece serves the last blocks, whose weights are most of all and whose rounding goes through few attentions: then bfloat16 and float32 name
-// the same class of 99 images in 100. From stride 16 on it is 98, from 8 on 96. Before them tiles multiply two pieces,
-// 16 bits of a float, in less time than vectors multiply floats.
-int LayerBuilder::pieces(int stride) const {
+// Rounding serves the last blocks, whose weights are most of all and whose rounding goes through few attentions: then
+// bfloat16 and float32 name the same class of 99 images in 100. From stride 16 on it is 98, from 8 on 96. Before them
+// tiles multiply high and low parts, 16 bits of a float, in less time than vectors multiply floats.
+int LayerBuilder::parts(int stride) const {
   if (precision_ == Precision::float32) return 0;
   if (stride >= 32) return 1;
-  return half_step_ > 2 ? 2 : 0;
+  return bf16_step_ > 2 ? 2 : 0;
 }
 
 }  // namespace mf::engine

@@ -20,8 +20,8 @@ struct Pointwise {
   int group_blocks = 0;
   int inputs = 0, outputs = 0;
 
-  bool half() const { return groups[0].products.format == Format::bf16; }  // of the map that it reads
-  int pieces() const { return half() ? groups[0].products.pieces : 0; }    // of its bfloat16
+  bool reads_bf16() const { return groups[0].products.format == Format::bf16; }  // of the map that it reads
+  int parts() const { return reads_bf16() ? groups[0].products.parts : 0; }      // of its bfloat16
 
   bool shuffled = false;  // output n of group g is channel n * groups + g, instead of group after group
 };
@@ -68,9 +68,9 @@ class LayerBuilder {
                 const std::vector<Places>& places, float factor = 1.0f);
   Linear linear(const std::string& name, int outputs, int inputs, float factor = 1.0f);
 
-  // `source` is where the inputs lie; `shuffled`: the outputs leave in the order of a channel shuffle; `pieces` of
+  // `source` is where the inputs lie; `shuffled`: the outputs leave in the order of a channel shuffle; `parts` of
   // bfloat16 are multiplied, or floats where there are none
-  Pointwise pointwise(const std::string& name, int outputs, int inputs, const Places& source, bool shuffled, int pieces,
+  Pointwise pointwise(const std::string& name, int outputs, int inputs, const Places& source, bool shuffled, int parts,
                       bool to_map = true);
   std::vector<Window> windows(const Pointwise&) const;
 
@@ -80,7 +80,7 @@ class LayerBuilder {
   // One with several filters a channel, after which channels may be shuffled to filter by filter
   DepthwiseLayer filters(const std::string& name, int channels, int multiplier, int stride);
 
-  int pieces(int stride) const;  // of bfloat16 that a pointwise layer multiplies at this stride; 0 for floats
+  int parts(int stride) const;  // of bfloat16 that a pointwise layer multiplies at this stride; 0 for floats
 
   size_t taken() const { return arena_.taken(); }
 
@@ -91,7 +91,7 @@ class LayerBuilder {
   Packer pack_;
   const Precision precision_;
   const Format rows_;  // of linear layers
-  const int half_step_;
+  const int bf16_step_;
 };
 
 }  // namespace mf::engine

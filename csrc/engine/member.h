@@ -30,7 +30,7 @@ class Prefetcher {
   }
 
   // For a kernel, which moves it on
-  Ahead* lines() {
+  Prefetch* lines() {
     if (lines_.at >= lines_.end && prefetched_ < until_) {
       const auto range = weights_.range(prefetched_, until_);
       prefetched_ += range.size();
@@ -45,7 +45,7 @@ class Prefetcher {
   const Arena& weights_;
   const size_t end_;
   const int rank_, size_;
-  Ahead lines_;
+  Prefetch lines_;
   size_t prefetched_ = 0,
          until_ = 0;  // bytes of the weights: before what is not in lines_ yet, and as far as that goes
 };

@@ -30,7 +30,7 @@ Network::Packed Network::pack(const Config& config, const Arrays* arrays, Precis
   packed.backbone = Weights(config, build);
   if (config.num_classes > 0) packed.classifier.emplace(config, build);
   read.finish();
-  if (shapes) *shapes = read.asked();
+  if (shapes) *shapes = read.shapes();
   return packed;
 }
 
@@ -65,7 +65,7 @@ void Network::map_shapes(int height, int width, std::vector<MapShape>& shapes) c
 std::unique_ptr<Network::Space> Network::make_space(int height, int width, int members, int images) const {
   const std::optional<Classifier>& classifier = packed_.classifier;
   auto space = std::unique_ptr<Space>(new Space{Workspace(config, packed_.backbone, kernels, height, width, members,
-                                                          images, classifier ? classifier->pieces() : 0),
+                                                          images, classifier ? classifier->parts() : 0),
                                                 {}});
   Workspace& own = space->backbone;
   if (classifier) space->classifier = classifier->space_for(own.results[0].back().out, own.arena, kernels);

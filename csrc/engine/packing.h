@@ -30,7 +30,7 @@ class Reader {
     if (!arrays_) {
       size_t size = 1;
       for (long side : shape) size *= size_t(side);
-      asked_[name] = std::move(shape);
+      shapes_[name] = std::move(shape);
       return zeros_.emplace_back(size).data();
     }
     const auto found = arrays_->find(name);
@@ -50,12 +50,12 @@ class Reader {
     }
   }
 
-  const Shapes& asked() const { return asked_; }
+  const Shapes& shapes() const { return shapes_; }
 
  private:
   const Arrays* arrays_;
   std::set<std::string> used_;
-  Shapes asked_;
+  Shapes shapes_;
   std::deque<std::vector<float>> zeros_;
 };
 
@@ -64,19 +64,19 @@ using Element = std::function<float(int n, int k)>;
 
 class Packer {
  public:
-  Packer(Arena& arena, const Kernels& kernels) : arena_(arena), lanes_(kernels.lanes), half_step_(kernels.half_step) {}
+  Packer(Arena& arena, const Kernels& kernels) : arena_(arena), lanes_(kernels.lanes), bf16_step_(kernels.bf16_step) {}
 
   // N outputs of `depth` inputs, or of `depth` steps of them where `format` is bf16
-  Products products(Format format, int N, int depth, const Element& element, int pieces = 1) {
+  Products products(Format format, int N, int depth, const Element& element, int parts = 1) {
     Products p;
     p.format = format;
     p.depth = depth;
-    p.pieces = pieces;
+    p.parts = parts;
     p.half_tail = N % BLOCK > 0 && N % BLOCK <= BLOCK / 2;
     p.vectors = blocks_of(N) * BLOCK / lanes_;  // whole blocks, so that gaps are written as zeros every time
     switch (format) {
       case Format::f32: floats(p, N, element); break;
-      case Format::bf16: half_step_ == 2 ? pairs(p, N, element) : tiles(p, N, element); break;
+      case Format::bf16: bf16_step_ == 2 ? pairs(p, N, element) : tiles(p, N, element); break;
       case Format::i16_weight: integers(p, N, element); break;
     }
     return p;
@@ -127,9 +127,9 @@ class Packer {
     p.weight = to;
     p.scale = scale;
     for (int n = 0; n < N; ++n) {
-      float most = 0;
-      for (int k = 0; k < p.depth; ++k) most = std::max(most, std::fabs(element(n, k)));
-      scale[n] = most / 32767;
+      float largest = 0;
+      for (int k = 0; k < p.depth; ++k) largest = std::max(largest, std::fabs(element(n, k)));
+      scale[n] = largest / 32767;
     }
     in_panels(p, [&](int n, int k) {
       const float steps = n < N && scale[n] > 0 ? element(n, k) / scale[n] : 0;
@@ -137,19 +137,19 @@ class Packer {
     });
   }
 
-  // Of 16 outputs a tile: rows of two inputs each; first all that is rounded once, then what that left over, ...
+  // Of 16 outputs a tile: rows of two inputs each; the high parts of 32 inputs, then the low ones
   void tiles(Products& p, int N, const Element& element) {
-    uint16_t* to = arena_.take<uint16_t>(count(p) * half_step_ * p.pieces);
+    uint16_t* to = arena_.take<uint16_t>(count(p) * bf16_step_ * p.parts);
     p.weight = to;
     for (int i = 0; i < panel_count(p.vectors); ++i) {
       const int first = first_vector(p.vectors, i), last = first + panel_vectors(p.vectors, i);
       for (int k = 0; k < p.depth; ++k) {
-        for (int piece = 0; piece < p.pieces; ++piece) {
+        for (int part = 0; part < p.parts; ++part) {
           for (int v = first; v < last; ++v) {
-            for (int row = 0; row < half_step_; row += 2) {
+            for (int row = 0; row < bf16_step_; row += 2) {
               for (int n = v * lanes_; n < (v + 1) * lanes_; ++n) {
                 for (int j = row; j < row + 2; ++j) {
-                  *to++ = n < N ? piece_of(element(n, half_step_ * k + j), piece) : 0;
+                  *to++ = n < N ? part_of_float(element(n, bf16_step_ * k + j), part) : 0;
                 }
               }
             }
@@ -159,13 +159,13 @@ class Packer {
     }
   }
 
-  static uint16_t piece_of(float value, int piece) {
-    for (; piece > 0; --piece) value -= from_bf16(to_bf16(value));
+  static uint16_t part_of_float(float value, int part) {
+    for (; part > 0; --part) value -= from_bf16(to_bf16(value));
     return to_bf16(value);
   }
 
   Arena& arena_;
-  int lanes_, half_step_;
+  int lanes_, bf16_step_;
 };
 
 }  // namespace mf::engine

@@ -49,23 +49,23 @@ class Pass {
               const float* residual = nullptr);
   void normalise(const Norm&);
   void mobile_to_former(const MobileToFormer&, size_t block, float* queries);
-  void attend(const Map& in, int span, int spans, const float* queries, int C);
-  void join(int spans, int C);
+  void attend_span(const Map& in, int span, int spans, const float* queries, int C);
+  void merge_spans(int spans, int C);
   void token_side(size_t i);
   void slopes(const TokenSide&, int which, int reduced_row, const char* stage, const Places& order);
   void mix_tokens(const Map& in, int height, int width);
   void former_to_mobile(const BlockResult&);
 
   // maps
-  Half flat_half(const Pointwise& reader, const DepthwiseLayer& made, int positions) const;
-  void pointwise(const Pointwise&, const DepthwiseLayer& made, const Offsets&, Map& out, const Map* residual, bool half,
-                 int begin, int end, bool by_panels = false);
-  void grouped(const Pointwise&, ptrdiff_t piece, const Offsets&, Map& out, const Map* residual, bool half, int begin,
-               int end);
+  Bfloat16Map flat_bf16(const Pointwise& reader, const DepthwiseLayer& made, int positions) const;
+  void pointwise(const Pointwise&, const DepthwiseLayer& made, const Offsets&, Map& out, const Map* residual,
+                 bool also_bf16, int begin, int end, bool by_panels = false);
+  void grouped(const Pointwise&, ptrdiff_t part_size, const Offsets&, Map& out, const Map* residual, bool also_bf16,
+               int begin, int end);
   void depthwise(const DepthwiseLayer&, const float* in, ptrdiff_t in_row, const Map& out, int block,
                  const float* slopes, Act, const Pointwise& reader, int first_row, int last_row);
   void depthwise_strips(const char* stage, const DepthwiseLayer&, const Map& in, const float* slopes, Act,
-                        const Pointwise&, const Offsets&, Map& out, const Map* residual, bool half,
+                        const Pointwise&, const Offsets&, Map& out, const Map* residual, bool also_bf16,
                         const Images* = nullptr);
   void spatial_relu(float* x, ptrdiff_t row, int width, int first_row, int last_row, const float* slopes, int places,
                     int block);

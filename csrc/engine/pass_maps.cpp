@@ -29,40 +29,40 @@ void Pass::depthwise(const DepthwiseLayer& layer, const float* in, ptrdiff_t in_
   d.weight = layer.weight + ptrdiff_t(block) * 9 * BLOCK;
   d.bias = layer.bias + ptrdiff_t(block) * BLOCK;
   d.act = act;
-  d.ahead = member.prefetch.lines();
+  d.prefetch = member.prefetch.lines();
   if (act == Act::dynamic_relu && !spatial()) {
     d.slope1 = slopes + ptrdiff_t(block) * BLOCK;
     d.slope2 = d.slope1 + layer.places.size();
   }
   const ptrdiff_t plane = ptrdiff_t(out.positions()) * BLOCK;
-  const Half half = flat_half(reader, layer, out.positions());
-  const int run = kernels.half_run, blocks = int(layer.in_block.size());
-  if (half.data && block + 1 == blocks && blocks * BLOCK % run != 0) {
+  const Bfloat16Map bf16 = flat_bf16(reader, layer, out.positions());
+  const int run = kernels.bf16_run, blocks = int(layer.in_block.size());
+  if (bf16.data && block + 1 == blocks && blocks * BLOCK % run != 0) {
     // the rest of the last run, which weights of zero meet: it must be numbers
-    uint16_t* rest = half.data + (half.piece / half.run - 1) * half.run + BLOCK;
-    for (int i = 0; i < half.pieces; ++i, rest += half.piece) {
+    uint16_t* rest = bf16.data + (bf16.part_size / bf16.run - 1) * bf16.run + BLOCK;
+    for (int i = 0; i < bf16.parts; ++i, rest += bf16.part_size) {
       for (int p = first_row * out.width; p < last_row * out.width; ++p)
         std::fill_n(rest + p * run, BLOCK, uint16_t(0));
     }
   }
   if (act == Act::dynamic_relu && spatial()) {
-    float* plain = half.data ? space.scratch[worker.rank].plane : space.flat + block * plane;
+    float* plain = bf16.data ? space.scratch[worker.rank].plane : space.flat + block * plane;
     d.act = Act::identity;
     d.out = plain;
     kernels.depthwise(d, first_row, last_row);
     float* begin = plain + ptrdiff_t(first_row) * out.width * BLOCK;
     spatial_relu(begin, ptrdiff_t(out.width) * BLOCK, out.width, first_row, last_row, slopes, int(layer.places.size()),
                  block);
-    if (half.data) {
-      Half rows = half;
+    if (bf16.data) {
+      Bfloat16Map rows = bf16;
       rows.data += ptrdiff_t(first_row) * out.width * run;
-      kernels.to_half(begin, (last_row - first_row) * out.width, rows, block);
+      kernels.to_bf16_map(begin, (last_row - first_row) * out.width, rows, block);
     }
     return;
   }
-  d.half = half;
-  d.half_block = block;
-  if (!half.data) d.out = space.flat + block * plane;
+  d.bf16 = bf16;
+  d.bf16_block = block;
+  if (!bf16.data) d.out = space.flat + block * plane;
   kernels.depthwise(d, first_row, last_row);
 }
 
@@ -82,11 +82,11 @@ void Pass::spatial_relu(float* x, ptrdiff_t row, int width, int first_row, int l
 
 // Depthwise, then pointwise: rows of the first stay in the cache until the second has read them
 void Pass::depthwise_strips(const char* stage, const DepthwiseLayer& layer, const Map& in, const float* slopes, Act act,
-                            const Pointwise& then, const Offsets& offsets, Map& out, const Map* residual, bool half,
-                            const Images* images) {
+                            const Pointwise& then, const Offsets& offsets, Map& out, const Map* residual,
+                            bool also_bf16, const Images* images) {
   const int blocks = int(layer.in_block.size());
   const bool whole = extras.stages != nullptr;  // whoever looks inside wants all of the first
-  const size_t row_bytes = layer.places.size() * out.width * (then.half() ? 2 * then.pieces() : 4);
+  const size_t row_bytes = layer.places.size() * out.width * (then.reads_bf16() ? 2 * then.parts() : 4);
   const int strip = whole ? out.height : std::max(1, int(STRIP_BYTES / row_bytes));
   int first, last, made = 0;
   worker.share(out.height, 1, &first, &last);
@@ -101,7 +101,7 @@ void Pass::depthwise_strips(const char* stage, const DepthwiseLayer& layer, cons
       depthwise(layer, in.data + layer.in_block[b] * in.block, in.row, out, b, slopes, act, then, y, until);
     }
     dump_flat(stage, layer, out.height, out.width, then);
-    pointwise(then, layer, offsets, out, residual, half, y * out.width, until * out.width);
+    pointwise(then, layer, offsets, out, residual, also_bf16, y * out.width, until * out.width);
     if (images) mark(".expand, project");
   }
   worker.sync();
@@ -114,7 +114,7 @@ void Pass::lite(size_t i, const Images& images) {
   Map& out = space.results[image_][i].out;
   const bool from_image = i == 0 && worker.size == 1;
   depthwise_strips(".expand", block.depthwise, in, nullptr, Act::relu6, block.project, space.blocks[i].project, out,
-                   block.has_skip ? &in : nullptr, out.half.data != nullptr, from_image ? &images : nullptr);
+                   block.has_skip ? &in : nullptr, out.bf16.data != nullptr, from_image ? &images : nullptr);
   const int P = out.positions();
   mark(".expand, project", multiply_adds(block.depthwise, P) + multiply_adds(block.project, P));
 }
@@ -126,8 +126,8 @@ void Pass::same(size_t i) {
   BlockResult& result = space.results[image_][i];
   if (spatial()) mix_tokens(in, own.height, own.width);
   const Pointwise& expand = block.expand;
-  const void* from = expand.half() ? static_cast<const void*>(in.half.data) : in.data;
-  const int stride = expand.half() ? kernels.half_run : BLOCK;
+  const void* from = expand.reads_bf16() ? static_cast<const void*>(in.bf16.data) : in.data;
+  const int stride = expand.reads_bf16() ? kernels.bf16_run : BLOCK;
   const int places = int(block.depthwise.places.size());
   const float* slopes[] = {slopes_at(0, block.depthwise), slopes_at(1, block.depthwise)};
   float* panel = space.scratch[worker.rank].panel[i];
@@ -139,7 +139,7 @@ void Pass::same(size_t i) {
     const ptrdiff_t group_block = ptrdiff_t(window.group) * expand.group_blocks;
     Products products = expand.groups[window.group].products;
     products.offsets = own.expand[window.group].data();
-    products.piece = in.half.piece;
+    products.part_size = in.bf16.part_size;
     Epilogue e;
     e.bias = expand.bias + group_block * BLOCK;
     e.width = own.width;
@@ -153,7 +153,7 @@ void Pass::same(size_t i) {
     }
     const int first_block = int(group_block) + window.first_block;
     const int above = std::max(0, first_row - 1), below = std::min(own.height, last_row + 1);  // rows that are read
-    products.ahead = member.prefetch.lines();
+    products.prefetch = member.prefetch.lines();
     kernels.pointwise(products, e, from, stride, above * own.width, below * own.width, window.first_panel,
                       window.last_panel);
     for (int b = 0; b < window.blocks; ++b) {

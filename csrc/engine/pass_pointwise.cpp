@@ -5,21 +5,21 @@
 
 namespace mf::engine {
 // The map in `flat` that `reader` takes as bfloat16, or a null one
-Half Pass::flat_half(const Pointwise& reader, const DepthwiseLayer& made, int positions) const {
-  if (!reader.half()) return {};
+Bfloat16Map Pass::flat_bf16(const Pointwise& reader, const DepthwiseLayer& made, int positions) const {
+  if (!reader.reads_bf16()) return {};
   uint16_t* data = reinterpret_cast<uint16_t*>(space.flat);
-  return half_of(data, reader.pieces(), int(made.in_block.size()), positions, kernels);
+  return bf16_map(data, reader.parts(), int(made.in_block.size()), positions, kernels);
 }
 
 // A pointwise layer from what `made` left in `flat` to positions [begin, end) of a map
 void Pass::pointwise(const Pointwise& layer, const DepthwiseLayer& made, const Offsets& offsets, Map& out,
-                     const Map* residual, bool half, int begin, int end, bool by_panels) {
-  const ptrdiff_t piece = flat_half(layer, made, out.positions()).piece;
-  if (layer.groups.size() > 1) return grouped(layer, piece, offsets, out, residual, half, begin, end);
+                     const Map* residual, bool also_bf16, int begin, int end, bool by_panels) {
+  const ptrdiff_t part_size = flat_bf16(layer, made, out.positions()).part_size;
+  if (layer.groups.size() > 1) return grouped(layer, part_size, offsets, out, residual, also_bf16, begin, end);
   Products products = layer.groups[0].products;
   products.offsets = offsets[0].data();
-  products.piece = piece;
-  products.ahead = member.prefetch.lines();
+  products.part_size = part_size;
+  products.prefetch = member.prefetch.lines();
   Epilogue e;
   e.bias = layer.bias;
   e.width = out.width;
@@ -31,29 +31,29 @@ void Pass::pointwise(const Pointwise& layer, const DepthwiseLayer& made, const O
     e.residual_block = residual->block;
     e.residual_row = residual->row;
   }
-  if (half) e.half = out.half;
+  if (also_bf16) e.bf16 = out.bf16;
   int first = 0, last = panel_count(products.vectors);
   if (by_panels) worker.share(last, 1, &first, &last);
-  const int stride = layer.half() ? kernels.half_run : BLOCK;
+  const int stride = layer.reads_bf16() ? kernels.bf16_run : BLOCK;
   kernels.pointwise(products, e, space.flat, stride, begin, end, first, last);
 }
 
 // Group by group for a few positions, and then their channels in the order of the map
-void Pass::grouped(const Pointwise& layer, ptrdiff_t piece, const Offsets& offsets, Map& out, const Map* residual,
-                   bool half, int begin, int end) {
+void Pass::grouped(const Pointwise& layer, ptrdiff_t part_size, const Offsets& offsets, Map& out, const Map* residual,
+                   bool also_bf16, int begin, int end) {
   constexpr int chunk = GROUPED_CHUNK;
   const int each = layer.outputs / int(layer.groups.size());
   float* made = space.scratch[worker.rank].grouped;
   float ordered[MAX_GROUPED + 4 * BLOCK] = {};
-  const int stride = layer.half() ? kernels.half_run : BLOCK;
-  const size_t element = layer.half() ? sizeof(uint16_t) : sizeof(float);
+  const int stride = layer.reads_bf16() ? kernels.bf16_run : BLOCK;
+  const size_t element = layer.reads_bf16() ? sizeof(uint16_t) : sizeof(float);
   for (int at = begin; at < end; at += chunk) {
     const int count = std::min(chunk, end - at);
     for (size_t g = 0; g < layer.groups.size(); ++g) {
       Products products = layer.groups[g].products;
       products.offsets = offsets[g].data();
-      products.piece = piece;
-      products.ahead = member.prefetch.lines();
+      products.part_size = part_size;
+      products.prefetch = member.prefetch.lines();
       Epilogue e;
       e.bias = layer.bias + ptrdiff_t(g) * layer.group_blocks * BLOCK;
       e.width = count;
@@ -88,11 +88,11 @@ void Pass::grouped(const Pointwise& layer, ptrdiff_t piece, const Offsets& offse
       if (++x == out.width) x = 0, ++y;
     }
   }
-  if (!half) return;
-  Half to = out.half;
-  to.data += ptrdiff_t(begin) * kernels.half_run;
+  if (!also_bf16) return;
+  Bfloat16Map to = out.bf16;
+  to.data += ptrdiff_t(begin) * kernels.bf16_run;
   for (int b = 0; b < out.blocks; ++b) {
-    kernels.to_half(out.data + b * out.block + ptrdiff_t(begin) * BLOCK, end - begin, to, b);
+    kernels.to_bf16_map(out.data + b * out.block + ptrdiff_t(begin) * BLOCK, end - begin, to, b);
   }
 }
 

@@ -39,16 +39,16 @@ void Pass::dump_block(const char* stage, const float* data, ptrdiff_t row, int h
 
 void Pass::dump_flat(const char* stage, const DepthwiseLayer& layer, int height, int width, const Pointwise& reader) {
   if (!extras.stages) return;
-  const int positions = height * width, run = kernels.half_run;
+  const int positions = height * width, run = kernels.bf16_run;
   const ptrdiff_t plane = ptrdiff_t(positions) * BLOCK;
-  const Half half = flat_half(reader, layer, positions);
+  const Bfloat16Map bf16 = flat_bf16(reader, layer, positions);
   std::vector<float> sums(plane);
   for (int b = 0; b < int(layer.in_block.size()); ++b) {
     const float* data = space.flat + b * plane;
-    if (half.data) {
+    if (bf16.data) {
       std::fill(sums.begin(), sums.end(), 0.0f);
-      const uint16_t* from = half.data + b * BLOCK / run * half.run + b * BLOCK % run;
-      for (int i = 0; i < half.pieces; ++i, from += half.piece) {
+      const uint16_t* from = bf16.data + b * BLOCK / run * bf16.run + b * BLOCK % run;
+      for (int i = 0; i < bf16.parts; ++i, from += bf16.part_size) {
         for (ptrdiff_t at = 0; at < plane; ++at) {
           const uint32_t bits = uint32_t(from[at / BLOCK * run + at % BLOCK]) << 16;
           float value;

@@ -87,10 +87,10 @@ void Pass::mobile_to_former(const MobileToFormer& part, size_t block, float* que
     const int spans = spans_of(in.positions());
     int first, last;
     worker.share(spans, 1, &first, &last);
-    for (int i = first; i < last; ++i) attend(in, i, spans, queries, C);
+    for (int i = first; i < last; ++i) attend_span(in, i, spans, queries, C);
     worker.sync();
     mark(".mobile_to_former", 2.0 * C * M * in.positions());
-    if (leader()) join(spans, C);
+    if (leader()) merge_spans(spans, C);
     worker.sync();
   });
   linear(part.project, space.gathered, half_row, M, space.tokens, D, Act::identity, space.tokens);
@@ -99,26 +99,26 @@ void Pass::mobile_to_former(const MobileToFormer& part, size_t block, float* que
 }
 
 // The tokens' attention over span `i` of a map
-void Pass::attend(const Map& in, int i, int spans, const float* queries, int C) {
+void Pass::attend_span(const Map& in, int i, int spans, const float* queries, int C) {
   const int M = config.num_tokens;
   const Span& span = space.spans[i];
-  std::fill_n(span.most, BLOCK, -INFINITY);
-  std::fill_n(span.most + BLOCK, BLOCK, 0.0f);
+  std::fill_n(span.reference, BLOCK, -INFINITY);
+  std::fill_n(span.total, BLOCK, 0.0f);
   std::fill_n(span.sums, size_t(blocks_of(C)) * M * BLOCK, 0.0f);
   int begin;
   const Walk walk = walk_of(in, i, spans, &begin);
   float* scores = space.scores ? space.scores + ptrdiff_t(begin) * BLOCK : nullptr;
-  kernels.mobile_to_former(walk, queries, C, M, span.most, span.most + BLOCK, span.sums, scores);
+  kernels.mobile_to_former(walk, queries, C, M, span.reference, span.total, span.sums, scores);
 }
 
 // What the spans found, as one attention, through the gate
-void Pass::join(int spans, int C) {
+void Pass::merge_spans(int spans, int C) {
   const int M = config.num_tokens, half_row = blocks_of(C) * BLOCK;
   float* gathered = space.gathered + ptrdiff_t(image_) * M * half_row;
-  float most[BLOCK], total[BLOCK] = {};
-  std::copy_n(space.spans[0].most, BLOCK, most);
+  float highest[BLOCK], total[BLOCK] = {};
+  std::copy_n(space.spans[0].reference, BLOCK, highest);
   for (int i = 1; i < spans; ++i) {
-    for (int lane = 0; lane < BLOCK; ++lane) most[lane] = std::max(most[lane], space.spans[i].most[lane]);
+    for (int lane = 0; lane < BLOCK; ++lane) highest[lane] = std::max(highest[lane], space.spans[i].reference[lane]);
   }
   std::fill_n(gathered, size_t(M) * half_row, 0.0f);
   for (int i = 0; i < spans; ++i) {
@@ -126,8 +126,8 @@ void Pass::join(int spans, int C) {
     for (int h = 0; h < BRIDGE_HEADS; ++h) {
       for (int m = 0; m < M; ++m) {
         const int lane = h * MAX_TOKENS + m;
-        const float share = spans == 1 ? 1.0f : std::exp2(span.most[lane] - most[lane]);
-        total[lane] += span.most[BLOCK + lane] * share;
+        const float share = spans == 1 ? 1.0f : std::exp2(span.reference[lane] - highest[lane]);
+        total[lane] += span.total[lane] * share;
         const int from = h == 0 ? 0 : C / BRIDGE_HEADS, until = h == 0 ? C / BRIDGE_HEADS : C;
         for (int c = from; c < until; ++c) {
           const size_t at = (size_t(c / BLOCK) * M + m) * BLOCK + c % BLOCK;
@@ -219,7 +219,7 @@ void Pass::mix_tokens(const Map& in, int height, int width) {
     for (int x = 0; x < width; ++x) {
       const int left = x * in.width / width, right = ((x + 1) * in.width + width - 1) / width;
       float* mix = space.mix + (ptrdiff_t(y) * width + x) * MAX_TOKENS;
-      float most = -INFINITY, total = 0;
+      float maximum = -INFINITY, total = 0;
       for (int m = 0; m < M; ++m) {
         float sum = 0;
         for (int i = top; i < bottom; ++i) {
@@ -229,9 +229,9 @@ void Pass::mix_tokens(const Map& in, int height, int width) {
           }
         }
         mix[m] = sum * LN_2 / float(BRIDGE_HEADS * (bottom - top) * (right - left));
-        most = std::max(most, mix[m]);
+        maximum = std::max(maximum, mix[m]);
       }
-      for (int m = 0; m < M; ++m) total += mix[m] = std::exp(mix[m] - most);
+      for (int m = 0; m < M; ++m) total += mix[m] = std::exp(mix[m] - maximum);
       for (int m = 0; m < M; ++m) mix[m] /= total;
     }
   }
@@ -243,9 +243,9 @@ void Pass::former_to_mobile(const BlockResult& result) {
   const int N = result.out.channels, M = config.num_tokens;
   int begin;
   const Walk walk = walk_of(result.out, worker.rank, worker.size, &begin);
-  Half half = result.out.half;
-  if (half.data) half.data += ptrdiff_t(begin) * kernels.half_run;
-  kernels.former_to_mobile(walk, result.keys, result.values, N, M, const_cast<float*>(walk.x), half);
+  Bfloat16Map bf16 = result.out.bf16;
+  if (bf16.data) bf16.data += ptrdiff_t(begin) * kernels.bf16_run;
+  kernels.former_to_mobile(walk, result.keys, result.values, N, M, const_cast<float*>(walk.x), bf16);
   worker.sync();
   mark(".former_to_mobile", 2.0 * N * M * result.out.positions());
 }

@@ -21,37 +21,37 @@ MF_INLINE V load_integers(const int16_t* source) {
 
 // Channels of a bfloat16 map that lie together: what a product reads at once of a position, at least a block
 #if defined(MF_ISA_TILES)
-constexpr int HALF_RUN = 32, HALF_STEP = 32;
+constexpr int BF16_RUN = 32, BF16_STEP = 32;
 #else
-constexpr int HALF_RUN = BLOCK, HALF_STEP = 2;
+constexpr int BF16_RUN = BLOCK, BF16_STEP = 2;
 #endif
 
-MF_INLINE uint16_t* half_at(const Half& half, ptrdiff_t block, ptrdiff_t position) {
-  return half.data + block * BLOCK / HALF_RUN * half.run + block * BLOCK % HALF_RUN + position * HALF_RUN;
+MF_INLINE uint16_t* bf16_at(const Bfloat16Map& bf16, ptrdiff_t block, ptrdiff_t position) {
+  return bf16.data + block * BLOCK / BF16_RUN * bf16.run + block * BLOCK % BF16_RUN + position * BF16_RUN;
 }
 
-// Vectors of COUNT positions from half_at(...) plus a lane on. The second piece is what rounding took from the first.
+// Vectors of COUNT positions from bf16_at(...) plus a lane on. The low part is what rounding took from the high one.
 template <int COUNT>
-MF_INLINE void store_half([[maybe_unused]] const Half& half, uint16_t* to, V (&values)[COUNT]) {
+MF_INLINE void store_bf16([[maybe_unused]] const Bfloat16Map& bf16, uint16_t* to, V (&values)[COUNT]) {
 #pragma GCC unroll 16
   for (int i = 0; i < COUNT; ++i) {
     const HalfWords bits = to_bf16(values[i]);
-    __builtin_memcpy(to + i * HALF_RUN, &bits, sizeof(bits));
+    __builtin_memcpy(to + i * BF16_RUN, &bits, sizeof(bits));
   }
 #if defined(MF_ISA_TILES)
-  if (half.pieces == 1) return;
-  to += half.piece;
+  if (bf16.parts == 1) return;
+  to += bf16.part_size;
 #pragma GCC unroll 16
   for (int i = 0; i < COUNT; ++i) {
     const HalfWords bits = to_bf16(values[i] - from_bf16(to_bf16(values[i])));
-    __builtin_memcpy(to + i * HALF_RUN, &bits, sizeof(bits));
+    __builtin_memcpy(to + i * BF16_RUN, &bits, sizeof(bits));
   }
 #endif
 }
 
-MF_INLINE void store_half(const Half& half, uint16_t* to, V value) {
+MF_INLINE void store_bf16(const Bfloat16Map& bf16, uint16_t* to, V value) {
   V values[1] = {value};
-  store_half(half, to, values);
+  store_bf16(bf16, to, values);
 }
 
 MF_INLINE V hard_sigmoid(V x) { return clamp(x + 3.0f, 0.0f, 6.0f) / 6.0f; }
@@ -68,10 +68,10 @@ MF_INLINE V activate(V y, Act act) {
 }
 
 // For one line of weights to come: it costs nothing beside the multiply-adds of a step
-MF_INLINE void ask(Ahead& ahead) {
-  if (ahead.at < ahead.end) {
-    __builtin_prefetch(ahead.at, 0, 2);
-    ahead.at += ahead.step;
+MF_INLINE void prefetch_line(Prefetch& prefetch) {
+  if (prefetch.at < prefetch.end) {
+    __builtin_prefetch(prefetch.at, 0, 2);
+    prefetch.at += prefetch.step;
   }
 }
 

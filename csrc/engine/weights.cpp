@@ -9,9 +9,9 @@ namespace {
 constexpr float LOG2_E = 1.4426950408889634f;  // the kernels' exponential is one of base 2
 
 // The parts of a backbone, each with its layers in the order of execution.
-class PartBuilder {
+class BlockBuilder {
  public:
-  PartBuilder(const Config& config, LayerBuilder& build) : config_(config), build_(build) {}
+  BlockBuilder(const Config& config, LayerBuilder& build) : config_(config), build_(build) {}
 
   MobileToFormer bridge(const std::string& name, int channels) {
     const int D = config_.token_dim;
@@ -55,11 +55,11 @@ class PartBuilder {
     b.config = config;
     b.weights_at = build_.taken();
     b.in_channels = C;
-    const int N = config.out_channels, pieces = build_.pieces(stride);
+    const int N = config.out_channels, parts = build_.parts(stride);
     b.has_skip = config.kind != Kind::down && config.stride == 1 && C == N;
     if (config.kind == Kind::lite) {
       b.depthwise = build_.filters(name + ".expand", C, config.expansion, config.stride);
-      b.project = build_.pointwise(name + ".project", N, C * config.expansion, b.depthwise.places, false, pieces);
+      b.project = build_.pointwise(name + ".project", N, C * config.expansion, b.depthwise.places, false, parts);
     } else if (config.kind == Kind::same) {
       const int K = C * config.expansion;
       const Places hidden = in_groups(K, config_.groups);
@@ -68,10 +68,10 @@ class PartBuilder {
       for (int i = 0; i < int(in_block.size()); ++i) in_block[i] = i;
       b.tokens = token_side(name, C, N, {".expand_relu", ".depthwise_relu"}, {hidden, hidden});
       b.maps_at = build_.taken();
-      b.expand = build_.pointwise(name + ".expand", K, C, in_order(C), true, pieces, false);
+      b.expand = build_.pointwise(name + ".expand", K, C, in_order(C), true, parts, false);
       b.windows = build_.windows(b.expand);
       b.depthwise = build_.depthwise(name + ".depthwise", hidden, stored, in_block, 1);
-      b.project = build_.pointwise(name + ".project", N, K, hidden, true, pieces);
+      b.project = build_.pointwise(name + ".project", N, K, hidden, true, parts);
     } else {
       const bool shuffled = config_.groups > 1;
       const Places first = in_filters(C, config.expansion, shuffled);
@@ -79,9 +79,9 @@ class PartBuilder {
       b.tokens = token_side(name, C, N, {".down_relu", ".expand_relu"}, {first, second});
       b.maps_at = build_.taken();
       b.depthwise = build_.filters(name + ".down", C, config.expansion, config.stride);
-      b.squeeze = build_.pointwise(name + ".squeeze", N, C * config.expansion, first, false, pieces);
+      b.squeeze = build_.pointwise(name + ".squeeze", N, C * config.expansion, first, false, parts);
       b.second = build_.filters(name + ".expand", N, config.second_expansion, 1);
-      b.project = build_.pointwise(name + ".project", N, N * config.second_expansion, second, false, pieces);
+      b.project = build_.pointwise(name + ".project", N, N * config.second_expansion, second, false, parts);
     }
     return b;
   }
@@ -111,17 +111,17 @@ void check(const Config& config) {
 
 Weights::Weights(const Config& config, LayerBuilder& build) {
   check(config);
-  PartBuilder parts(config, build);
+  BlockBuilder part(config, build);
   tokens = build.array("tokens", config.num_tokens, config.token_dim);
   stem = build.stem();
   int C = config.stem_channels, stride = 2;
   for (size_t i = 0; i < config.blocks.size(); ++i) {
     stride *= config.blocks[i].stride;
-    blocks.push_back(parts.block("blocks." + std::to_string(i), C, stride, config.blocks[i]));
+    blocks.push_back(part.block("blocks." + std::to_string(i), C, stride, config.blocks[i]));
     C = config.blocks[i].out_channels;
   }
   bridge_at = build.taken();
-  bridge = parts.bridge("mobile_to_former", C);
+  bridge = part.bridge("mobile_to_former", C);
   end = build.taken();
 }
 

@@ -18,7 +18,7 @@ Map make_map(Arena& arena, int channels, int height, int width, bool border) {
 }
 
 Offsets offsets_of(const Pointwise& layer, ptrdiff_t block, const Kernels& kernels) {
-  const int channels = layer.half() ? kernels.half_run : BLOCK;
+  const int channels = layer.reads_bf16() ? kernels.bf16_run : BLOCK;
   Offsets offsets;
   for (const Pointwise::Group& group : layer.groups) {
     std::vector<int32_t>& of = offsets.emplace_back();
@@ -49,7 +49,7 @@ size_t first_together_of(const Config& config, const Weights& weights, int heigh
 }  // namespace
 
 Workspace::Workspace(const Config& config, const Weights& weights, const Kernels& kernels, int height, int width,
-                     int threads, int images, int last_pieces)
+                     int threads, int images, int last_parts)
     : height(height), width(width), images(images), first_together(first_together_of(config, weights, height, width)),
       results(images) {
   const int M = config.num_tokens, D = config.token_dim;
@@ -59,7 +59,7 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
 
   size_t flat_bytes = 0, slope_floats = 0;
   int grouped_blocks = 0;
-  int most_blocks = blocks_of(C);
+  int max_blocks = blocks_of(C);
   Map in = stem;
   for (size_t i = 0; i < weights.blocks.size(); ++i) {
     const Block& b = weights.blocks[i];
@@ -72,16 +72,16 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
     const Block* next = i + 1 < weights.blocks.size() ? &weights.blocks[i + 1] : nullptr;
     // a depthwise convolution reads a border, a pointwise one of bfloat16 what is rounded to it
     const bool border = next && next->config.kind != Kind::same;
-    const int pieces = !next ? last_pieces : next->config.kind == Kind::same ? next->expand.pieces() : 0;
+    const int parts = !next ? last_parts : next->config.kind == Kind::same ? next->expand.parts() : 0;
     for (int image = 0; image < images; ++image) {
       BlockResult result;
       if (image > 0 && i + 1 < first_together) {
         result = results[0].back();
       } else {
         result.out = make_map(arena, N, h, w, border);
-        if (pieces > 0) {
-          Half& half = result.out.half = half_of(nullptr, pieces, blocks_of(N), int(positions), kernels);
-          half.data = arena.take<uint16_t>(half_size(half));
+        if (parts > 0) {
+          Bfloat16Map& bf16 = result.out.bf16 = bf16_map(nullptr, parts, blocks_of(N), int(positions), kernels);
+          bf16.data = arena.take<uint16_t>(bf16_size(bf16));
         }
         if (b.config.kind != Kind::lite) {
           result.keys = arena.take(size_t(N) * MAX_TOKENS);
@@ -93,13 +93,14 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
     // a depthwise output and the layer that reads it
     const auto flat_map = [&](const DepthwiseLayer& made, const Pointwise& read) {
       const int blocks = int(made.in_block.size());
-      const Half half = half_of(nullptr, read.pieces(), blocks, int(positions), kernels);
+      const Bfloat16Map bf16 = bf16_map(nullptr, read.parts(), blocks, int(positions), kernels);
       const size_t floats = made.places.size() * positions;
-      flat_bytes = std::max(flat_bytes, read.half() ? half_size(half) * sizeof(uint16_t) : floats * sizeof(float));
-      return offsets_of(read, read.half() ? half.run : ptrdiff_t(positions) * BLOCK, kernels);
+      flat_bytes =
+          std::max(flat_bytes, read.reads_bf16() ? bf16_size(bf16) * sizeof(uint16_t) : floats * sizeof(float));
+      return offsets_of(read, read.reads_bf16() ? bf16.run : ptrdiff_t(positions) * BLOCK, kernels);
     };
     const auto map_before = [&](const Pointwise& read) {
-      return offsets_of(read, read.half() ? in.half.run : in.block, kernels);
+      return offsets_of(read, read.reads_bf16() ? in.bf16.run : in.block, kernels);
     };
     grouped_blocks = std::max({grouped_blocks, b.project.blocks, b.squeeze.blocks});
     if (b.config.kind == Kind::same) {
@@ -123,19 +124,19 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
     blocks.push_back(space);
     in = results[0].back().out;
     C = N;
-    most_blocks = std::max(most_blocks, blocks_of(C));
+    max_blocks = std::max(max_blocks, blocks_of(C));
   }
   flat = arena.take(flat_bytes / sizeof(float));
   gather_queries = arena.take(size_t(C) * MAX_TOKENS);
   image_half = (width / 2 + 2 + BLOCK) / BLOCK * BLOCK;
-  in_order.resize(std::max(2 * D, most_blocks * BLOCK));
+  in_order.resize(std::max(2 * D, max_blocks * BLOCK));
   std::iota(in_order.begin(), in_order.end(), 0);
 
   const size_t rows = size_t(images) * M;
   tokens = arena.take(rows * D);
-  query_gate = arena.take(rows * 2 * most_blocks * BLOCK);
-  key_value = arena.take(rows * 2 * most_blocks * BLOCK);
-  gathered = arena.take(rows * most_blocks * BLOCK);
+  query_gate = arena.take(rows * 2 * max_blocks * BLOCK);
+  key_value = arena.take(rows * 2 * max_blocks * BLOCK);
+  gathered = arena.take(rows * max_blocks * BLOCK);
   row = arena.take(rows * D);
   wide = arena.take(rows * 2 * D);
   reduced = arena.take(rows * blocks_of(D / 4) * 2 * BLOCK);
@@ -146,11 +147,12 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
     mix = arena.take(positions * MAX_TOKENS);
   }
   for (Span& span : spans) {
-    span.most = arena.take(2 * BLOCK);
-    span.sums = arena.take(size_t(most_blocks) * M * BLOCK);
+    span.reference = arena.take(BLOCK);
+    span.total = arena.take(BLOCK);
+    span.sums = arena.take(size_t(max_blocks) * M * BLOCK);
   }
   for (Scratch& own : scratch) {
-    if (config.spatial_dynamic_relu && weights.blocks.back().project.half())
+    if (config.spatial_dynamic_relu && weights.blocks.back().project.reads_bf16())
       own.plane = arena.take(size_t(stem.height) * stem.width * BLOCK);
     if (config.groups > 1) own.grouped = arena.take(size_t(grouped_blocks) * GROUPED_CHUNK * BLOCK);
     own.image_row = arena.take(width);

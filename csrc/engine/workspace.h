@@ -12,7 +12,7 @@ struct Map {
   float* data = nullptr;  // the first position inside
   int channels = 0, height = 0, width = 0, blocks = 0;
   ptrdiff_t row = 0, block = 0;  // floats
-  Half half;                     // the same as bfloat16, or null
+  Bfloat16Map bf16;              // the same as bfloat16, or null
 
   int positions() const { return height * width; }
 };
@@ -25,13 +25,13 @@ Map make_map(Arena&, int channels, int height, int width, bool border);
 // Where a layer's inputs lie in a map whose blocks, or runs of bfloat16, are `block` elements apart
 Offsets offsets_of(const Pointwise&, ptrdiff_t block, const Kernels&);
 
-// A map of `blocks` blocks as bfloat16 at `data`; it takes half_size elements.
-inline Half half_of(uint16_t* data, int pieces, int blocks, int positions, const Kernels& kernels) {
-  const int runs = (blocks * BLOCK + kernels.half_run - 1) / kernels.half_run;
-  const ptrdiff_t run = ptrdiff_t(positions) * kernels.half_run;
-  return {data, pieces, runs * run, run};
+// A map of `blocks` blocks as bfloat16 at `data`; it takes bf16_size elements.
+inline Bfloat16Map bf16_map(uint16_t* data, int parts, int blocks, int positions, const Kernels& kernels) {
+  const int runs = (blocks * BLOCK + kernels.bf16_run - 1) / kernels.bf16_run;
+  const ptrdiff_t run = ptrdiff_t(positions) * kernels.bf16_run;
+  return {data, parts, runs * run, run};
 }
-inline size_t half_size(const Half& half) { return size_t(half.pieces) * half.piece; }
+inline size_t bf16_size(const Bfloat16Map& bf16) { return size_t(bf16.parts) * bf16.part_size; }
 
 // What a block needs for the image at work
 struct BlockSpace {
@@ -65,8 +65,9 @@ struct Scratch {
 // Mobile-to-Former over a span of positions. Spans depend on the size of the map alone, so that sums do not depend on
 // the number of threads.
 struct Span {
-  float* most = nullptr;  // [16], then sum [16]
-  float* sums = nullptr;  // [blocks][M][16]
+  float* reference = nullptr;  // [16] of the softmax: a running maximum, or little less
+  float* total = nullptr;      // [16] of its powers, relative to that
+  float* sums = nullptr;       // [blocks][M][16]
 };
 
 constexpr int SPAN_POSITIONS = 392;
@@ -75,8 +76,9 @@ constexpr int MAX_SPANS = 8;
 inline int spans_of(int positions) { return std::clamp(positions / SPAN_POSITIONS, 1, MAX_SPANS); }
 
 struct Workspace {
-  // `pieces` of bfloat16 that the reader of the last map takes; 0 for floats, or where nobody reads it
-  Workspace(const Config&, const Weights&, const Kernels&, int height, int width, int threads, int images, int pieces);
+  // `last_parts` of bfloat16 that the reader of the last map takes; 0 for floats, or where nobody reads it
+  Workspace(const Config&, const Weights&, const Kernels&, int height, int width, int threads, int images,
+            int last_parts);
 
   int height, width, images;
   // The first block that takes images together; those before take one after the other, since while maps are larger than

@@ -1,8 +1,10 @@
-"""safetensors in numpy alone, and strictly: what is not exactly a file of float32 arrays is an error with a reason.
+"""safetensors in numpy alone, and strictly: what is not exactly a file of known arrays is an error with a reason.
 
 A file is 8 bytes of length (little-endian), that many bytes of JSON, then the arrays, one after another:
 
     {"__metadata__": {text: text, ...}, name: {"dtype": "F32", "shape": [...], "data_offsets": [begin, end]}, ...}
+
+Arrays are float32 (F32) or, where a network is quantised, integers of 8 or 16 bits (I8, I16).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from mobileformer.files.reading import open_regular
 __all__ = ["read_safetensors", "stated_format"]
 
 MAX_HEADER = 16 << 20  # a length beyond this is no length; the names of 20,000 classes take half a million bytes
-ITEM = 4  # bytes of a float32
+DTYPES = {"F32": np.dtype("<f4"), "I8": np.dtype("<i1"), "I16": np.dtype("<i2")}
 PYTORCH = (b"PK\x03\x04", b"\x80\x02")  # a zip archive, or a pickle as older releases of PyTorch wrote it
 LARGEST = np.iinfo(np.intp).max
 
@@ -31,7 +33,7 @@ LARGEST = np.iinfo(np.intp).max
 def read_safetensors(
     path: str | os.PathLike[str], *, form: str | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(arrays by name, float32 and read-only; text metadata). The values are not looked at.
+    """(arrays by name, read-only, float32, int8 or int16; text metadata). The values are not looked at.
 
     `form` is the format that the text metadata must name; a file of another one, or a checkpoint of PyTorch, is told
     apart by its first bytes and its metadata alone.
@@ -57,9 +59,12 @@ def read_safetensors(
     if len(content) != size:
         raise WeightsError(f"{path}: the file became shorter while it was read")
     arrays = {}
-    for name, (shape, begin) in entries.items():
-        values = np.frombuffer(content, dtype="<f4", count=math.prod(shape), offset=begin).reshape(shape)
-        arrays[name] = values.astype(np.float32, copy=False)
+    for name, (shape, begin, dtype) in entries.items():
+        values = np.frombuffer(content, dtype=dtype, count=math.prod(shape), offset=begin).reshape(shape)
+        # in the machine's own order of bytes, and where compiled code may read them: behind an odd number of int8
+        # there are floats at addresses that are no multiple of their size
+        arrays[name] = np.require(values, dtype.newbyteorder("="), ["C_CONTIGUOUS", "ALIGNED"])
+        arrays[name].flags.writeable = False
     return arrays, metadata
 
 
@@ -88,8 +93,8 @@ class _Unfolded(Exception):
 
 def _read_header(
     file: BinaryIO, form: str | None = None
-) -> tuple[dict[str, tuple[tuple[int, ...], int]], dict[str, str], int]:
-    """({name: (shape, offset)}, text metadata, bytes of all arrays); leaves the file where the arrays begin."""
+) -> tuple[dict[str, tuple[tuple[int, ...], int, np.dtype]], dict[str, str], int]:
+    """({name: (shape, offset, dtype)}, text metadata, bytes of all arrays); leaves the file where the arrays begin."""
     size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise _Damage("the file is empty")
@@ -113,32 +118,33 @@ def _read_header(
         raise _Damage("its header is damaged (__metadata__: expected text)")
     if form is not None and metadata.get("format") != form:
         raise _Unfolded("a safetensors file of other contents")
-    rows = sorted(_entry(name, value) for name, value in header.items())
+    rows = sorted((_entry(name, value) for name, value in header.items()), key=lambda row: row[:3])
     at = 0
-    for begin, end, name, _ in rows:
+    for begin, end, name, *_ in rows:
         if begin != at:
             raise _Damage(f"its header is damaged ({name:.100}: begins at byte {begin}, the array before ends at {at})")
         at = end
     if at != size - 8 - length:
         cut = "cut off" if at > size - 8 - length else "something follows the arrays"
         raise _Damage(f"{cut}: its header tells of {at} bytes of arrays, the file has {size - 8 - length}")
-    return {name: (shape, begin) for begin, _, name, shape in rows}, metadata, at
+    return {name: (shape, begin, dtype) for begin, _, name, shape, dtype in rows}, metadata, at
 
 
-def _entry(name: str, value: Any) -> tuple[int, int, str, tuple[int, ...]]:
-    """(begin, end, name, shape) of one row of the header."""
+def _entry(name: str, value: Any) -> tuple[int, int, str, tuple[int, ...], np.dtype]:
+    """(begin, end, name, shape, dtype) of one row of the header."""
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise _Damage(f"its header is damaged ({name:.100}: expected dtype, shape and data_offsets)")
-    if value["dtype"] != "F32":
-        raise _Damage(f"{name:.100}: expected dtype F32, got {value['dtype']!r:.40}")
+    dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
+    if dtype is None:
+        raise _Damage(f"{name:.100}: expected dtype F32, I8 or I16, got {value['dtype']!r:.40}")
     shape, offsets = value["shape"], value["data_offsets"]
     if not (_is_numbers(shape) and _is_numbers(offsets) and len(offsets) == 2):
         raise _Damage(f"its header is damaged ({name:.100}: expected lists of whole numbers from 0)")
     begin, end = offsets
     # The size first: a shape may be long, and a product of large numbers longer.
-    if len(shape) > 8 or max(shape, default=0) > LARGEST or math.prod(shape) * ITEM != end - begin:
+    if len(shape) > 8 or max(shape, default=0) > LARGEST or math.prod(shape) * dtype.itemsize != end - begin:
         raise _Damage(f"its header is damaged ({name:.100}: {end - begin} bytes for the shape {shape!r:.80})")
-    return begin, end, name, tuple(shape)
+    return begin, end, name, tuple(shape), dtype
 
 
 def _is_numbers(value: Any) -> bool:

@@ -52,8 +52,9 @@ class Engine:
     Any number of Python threads may call one engine at the same time; the interpreter's lock is released meanwhile.
     An engine belongs to its process: it can be neither copied nor pickled, open the file again instead.
 
-    Raises OSError and WeightsError for a file as `FoldedNetwork.load` does, ValueError for another argument out of
-    range, RuntimeError with the reason where the compiled library is missing or the system refuses a thread.
+    Raises OSError and WeightsError for a file as `FoldedNetwork.load` does, ValueError for weights held as integers
+    and for another argument out of range, RuntimeError with the reason where the compiled library is missing or the
+    system refuses a thread.
     """
 
     def __init__(
@@ -69,6 +70,12 @@ class Engine:
         check_threads(threads)
         isa = chosen_isa(isa)
         folded = source if isinstance(source, FoldedNetwork) else FoldedNetwork.load(source)
+        if folded.integers:
+            first, more = folded.integers[0], len(folded.integers) - 1
+            raise ValueError(
+                f"source: expected a network of float32 arrays, got {folded.arrays[first].dtype} in {first}"
+                f"{f' and integers in {more} more' if more else ''}, which this engine does not run"
+            )
         arrays = {name: np.ascontiguousarray(array) for name, array in folded.arrays.items()}
         self._metadata, self._config, self._dtype = folded.metadata, folded.config, dtype
         self._network = library().Network(_plain(folded), arrays, dtype, threads, isa)

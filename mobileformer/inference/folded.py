@@ -1,4 +1,4 @@
-"""A network folded for inference: plain float32 arrays by name, and what they are. No torch here.
+"""A network folded for inference: plain arrays by name, and what they are. No torch here.
 
 Names are those of the state dict, without the norms that went into a convolution or a linear layer: `stem.conv.weight`
 and the four arrays of `stem.norm` are `stem.weight` and `stem.bias`, `head.norm` is in `head.fc`. The scales of the
@@ -10,6 +10,13 @@ attentions are in their queries and keys:
 
 Channels stand in the order of the model. Nothing here depends on a processor: what an instruction set wants packed in
 another order is packed when an engine opens the network.
+
+Arrays are float32. A weight of two or more dimensions may be held as integers instead, int8 or int16, with a float32
+array `<name>.scale` of one number for each of its output channels n beside it:
+
+    weight[n, ...] = scale[n] * integers[n, ...]     scale > 0; integers from -127 to 127, or from -32767 to 32767
+
+The range is symmetric, so that a kernel may move signs between the factors of a product.
 """
 
 from __future__ import annotations
@@ -30,7 +37,8 @@ from mobileformer.layout import TOKENS, layers
 __all__ = ["FORMAT", "FoldedNetwork", "array_shapes"]
 
 FORMAT = "mobileformer-folded"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 has float32 arrays alone; a file says the lowest one that reads it
+_LARGEST_INTEGER = {np.dtype(np.int8): 127, np.dtype(np.int16): 32767}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +49,12 @@ class FoldedNetwork:
     field     meaning
     ========  ==========================================================================================
     metadata  variant, classes, channels, labels, mean and std, size and crop of the input
-    arrays    name -> float32 array; exactly the names and shapes that `array_shapes(metadata)` lists
+    arrays    name -> array; exactly the names and shapes that `array_shapes(metadata)` lists, float32, or
+              int8 or int16 for a weight of two or more dimensions with `<name>.scale` (channels,) beside it
     ========  ==========================================================================================
 
-    Raises ValueError that names every array that is missing, unexpected, of another shape or dtype, or not finite.
+    Raises ValueError that names every array that is missing, unexpected, of another shape or dtype, not finite or out
+    of range.
     """
 
     metadata: Metadata
@@ -61,11 +71,16 @@ class FoldedNetwork:
         """The variant's configuration."""
         return get_variant(self.metadata.variant)
 
+    @property
+    def integers(self) -> tuple[str, ...]:
+        """Names of the weights that are held as integers."""
+        return tuple(name for name, array in self.arrays.items() if array.dtype in _LARGEST_INTEGER)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file that describes itself. It appears whole or not at all."""
         from safetensors.numpy import save_file
 
-        header = encode(self.metadata, form=FORMAT, version=FORMAT_VERSION)
+        header = encode(self.metadata, form=FORMAT, version=FORMAT_VERSION if self.integers else 1)
         with replacing(path) as temporary:
             save_file({name: np.ascontiguousarray(array) for name, array in self.arrays.items()}, temporary, header)
 
@@ -99,19 +114,43 @@ def array_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
 
 def _problems(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """One line for everything wrong."""
-    lines = [f"missing: {name}" for name in shapes if name not in arrays]
-    lines += [f"unexpected: {name:.100}" for name in arrays if name not in shapes]
-    for name, shape in shapes.items():
+    quantised = [name for name in shapes if _largest_integer(arrays.get(name)) and _may_be_integers(name, shapes[name])]
+    scales = {f"{name}.scale": shapes[name][:1] for name in quantised}
+    expected = {**shapes, **scales}
+    lines = [f"missing: {name}" for name in expected if name not in arrays]
+    lines += [f"unexpected: {name:.100}" for name in arrays if name not in expected]
+    for name, shape in expected.items():
         array = arrays.get(name)
         if array is None:
             continue
-        if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-            lines.append(f"wrong dtype: {name}: expected a float32 array, got {getattr(array, 'dtype', type(array))}")
+        if name not in quantised and not (isinstance(array, np.ndarray) and array.dtype == np.float32):
+            kinds = "float32, int8 or int16" if _may_be_integers(name, shape) else "float32"
+            found = getattr(array, "dtype", type(array))
+            lines.append(f"wrong dtype: {name}: expected a {kinds} array, got {found}")
         elif array.shape != shape:
             lines.append(f"wrong shape: {name} is {_shape(array.shape)}, expected {_shape(shape)}")
         elif not np.isfinite(array).all():
             lines.append(f"not finite: {name} holds NaN or infinity")
+        elif name in scales and not (array > 0).all():
+            lines.append(f"out of range: {name}: expected positive numbers, got {array.min():g}")
+        elif name in scales and not _stays_finite(array, arrays[name.removesuffix(".scale")]):
+            lines.append(f"out of range: {name}: times the largest integer, {array.max():g} is no float32")
+        elif name in quantised and array.size and array.min() < -_largest_integer(array):
+            lines.append(f"out of range: {name}: expected integers from {-_largest_integer(array)}, got {array.min()}")
     return lines
+
+
+def _may_be_integers(name: str, shape: tuple[int, ...]) -> bool:
+    return name.endswith(".weight") and len(shape) >= 2
+
+
+def _largest_integer(array: Any) -> int:
+    """The largest number that an array of integers may hold, 0 for another array."""
+    return _LARGEST_INTEGER.get(array.dtype, 0) if isinstance(array, np.ndarray) else 0
+
+
+def _stays_finite(scale: np.ndarray, integers: np.ndarray) -> bool:
+    return bool(scale.max(initial=0.0) <= np.finfo(np.float32).max / _largest_integer(integers))
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -31,10 +31,10 @@ inline void spatial_relu(float* x, ptrdiff_t row, int width, int rows, const flo
   }
 }
 
-inline void to_half(const float* x, int positions, const Half& half, int block) {
+inline void to_bf16_map(const float* x, int positions, const Bfloat16Map& bf16, int block) {
   for (int p = 0; p < positions; ++p) {
     for (int lane = 0; lane < BLOCK; lane += LANES) {
-      store_half(half, half_at(half, block, p) + lane, load(x + ptrdiff_t(p) * BLOCK + lane));
+      store_bf16(bf16, bf16_at(bf16, block, p) + lane, load(x + ptrdiff_t(p) * BLOCK + lane));
     }
   }
 }

@@ -1,5 +1,5 @@
 // Matrix products of bfloat16 maps by the CPU's matrix unit (AMX): a tile of up to 16 positions times one of 16 outputs,
-// 32 inputs at a time. Map and weight may come in pieces that add up to them; the products of all pairs of pieces but
+// 32 inputs at a time. Map and weight may come in parts that add up to them; the products of all pairs of parts but
 // the least ones then give what floats would have given. No include guard: once per instruction set.
 
 namespace mf::engine::MF_ISA {
@@ -49,7 +49,7 @@ MF_INLINE void store_sums(float* sums) {
   if constexpr (REGISTER == 5) _tile_stored(5, sums, row);
 }
 
-constexpr int TILE_ROW = HALF_RUN * sizeof(uint16_t);  // bytes
+constexpr int TILE_ROW = BF16_RUN * sizeof(uint16_t);  // bytes
 
 MF_INLINE void load_positions(const uint16_t* from) { _tile_loadd(6, from, TILE_ROW); }
 MF_INLINE void load_weights(const uint16_t* from) { _tile_loadd(7, from, TILE_ROW); }
@@ -63,13 +63,13 @@ MF_INLINE void for_registers(F f) {
 
 // Sums of one or two tiles of positions, a[0] and a[1] their first ones
 template <int VECTORS, int TILES>
-MF_INLINE void multiply(const Products& p, const uint16_t* const (&a)[2], const uint16_t* weight, Ahead& ahead) {
+MF_INLINE void multiply(const Products& p, const uint16_t* const (&a)[2], const uint16_t* weight, Prefetch& prefetch) {
   for_registers<VECTORS, TILES>([]<int REGISTER>() { clear_sums<REGISTER>(); });
   for (int k = 0; k < p.depth; ++k) {
-    for (int j = 0; j < p.pieces; ++j, weight += VECTORS * 2 * SUMS) {
-      for (int i = 0; i + j < p.pieces; ++i) {
-        const ptrdiff_t from = p.offsets[k] + i * p.piece;
-        for (int line = 0; line < VECTORS; ++line) ask(ahead);
+    for (int j = 0; j < p.parts; ++j, weight += VECTORS * 2 * SUMS) {
+      for (int i = 0; i + j < p.parts; ++i) {
+        const ptrdiff_t from = p.offsets[k] + i * p.part_size;
+        for (int line = 0; line < VECTORS; ++line) prefetch_line(prefetch);
         load_positions(a[0] + from);
         [&]<int... V>(std::integer_sequence<int, V...>) {
           ((load_weights(weight + V * 2 * SUMS), add_products<2 * V>()), ...);
@@ -94,8 +94,8 @@ inline void finish_sums(const float* sums, int rows, const Epilogue& e, int vect
   const V bias = e.bias ? load(e.bias + channel) : V{};
   const V slope1 = DYNAMIC ? load(e.slope1 + channel) : V{}, slope2 = DYNAMIC ? load(e.slope2 + channel) : V{};
   int y = position / e.width, x = position % e.width;
-  const Half to = e.half;
-  uint16_t* half = e.half.data ? half_at(e.half, vector, position) : nullptr;
+  const Bfloat16Map to = e.bf16;
+  uint16_t* rounded = e.bf16.data ? bf16_at(e.bf16, vector, position) : nullptr;
   for (int row = 0; row < rows; ++y, x = 0) {
     const int here = rows - row < e.width - x ? rows - row : e.width - x;  // until the map's row ends
     const float* residual =
@@ -106,7 +106,7 @@ inline void finish_sums(const float* sums, int rows, const Epilogue& e, int vect
       value = DYNAMIC ? maximum(value * slope1, value * slope2) : activate(value, e.act);
       if (RESIDUAL) value += load(residual + r * BLOCK);
       if (out) store(out + r * BLOCK, value);
-      if (half) store_half(to, half + (row + r) * HALF_RUN, value);
+      if (rounded) store_bf16(to, rounded + (row + r) * BF16_RUN, value);
     }
     row += here;
   }
@@ -119,7 +119,7 @@ inline void tiles_of(const Products& p, const Epilogue& e, const uint16_t* a, in
                      const uint16_t* weight, int vector) {
   alignas(64) float made[VECTORS * 2 * SUMS];
   int positions[2] = {}, tiles = 0;
-  Ahead ahead = p.ahead ? *p.ahead : Ahead{};
+  Prefetch prefetch = p.prefetch ? *p.prefetch : Prefetch{};
   // The sums before are finished while the matrix unit is at work on the next ones.
   const auto finish = [&]() __attribute__((always_inline)) {
     for (int t = 0; t < tiles; ++t) {
@@ -137,9 +137,9 @@ inline void tiles_of(const Products& p, const Epilogue& e, const uint16_t* a, in
   };
   for (int at = begin; at < end; at += 2 * rows) {
     const int next[2] = {at < end - rows ? at : end - rows, at + rows < end - rows ? at + rows : end - rows};
-    const uint16_t* const from[2] = {a + ptrdiff_t(next[0]) * HALF_RUN, a + ptrdiff_t(next[1]) * HALF_RUN};
+    const uint16_t* const from[2] = {a + ptrdiff_t(next[0]) * BF16_RUN, a + ptrdiff_t(next[1]) * BF16_RUN};
     const int count = at + rows < end ? 2 : 1;
-    count == 2 ? multiply<VECTORS, 2>(p, from, weight, ahead) : multiply<VECTORS, 1>(p, from, weight, ahead);
+    count == 2 ? multiply<VECTORS, 2>(p, from, weight, prefetch) : multiply<VECTORS, 1>(p, from, weight, prefetch);
     finish();
     const auto keep = [&]<int REGISTER>() { store_sums<REGISTER>(made + REGISTER * SUMS); };
     count == 2 ? for_registers<VECTORS, 2>(keep) : for_registers<VECTORS, 1>(keep);
@@ -148,7 +148,7 @@ inline void tiles_of(const Products& p, const Epilogue& e, const uint16_t* a, in
     tiles = count;
   }
   finish();
-  if (p.ahead) p.ahead->at = ahead.at;
+  if (p.prefetch) p.prefetch->at = prefetch.at;
 }
 
 // Rows of a tile for so many positions: as many as leave the least to do twice
@@ -172,7 +172,7 @@ inline void tiles(const Products& p, const Epilogue& e, const uint16_t* a, int b
   _tile_loadconfig(&shapes);
   for (int i = first; i < last; ++i) {
     const int vector = first_vector(p.vectors, i);
-    const uint16_t* weight = static_cast<const uint16_t*>(p.weight) + ptrdiff_t(vector) * p.depth * p.pieces * 2 * SUMS;
+    const uint16_t* weight = static_cast<const uint16_t*>(p.weight) + ptrdiff_t(vector) * p.depth * p.parts * 2 * SUMS;
     switch (panel_vectors(p.vectors, i)) {
       case 3: tiles_of<3>(p, e, a, begin, end, rows, weight, vector); break;
       case 2: tiles_of<2>(p, e, a, begin, end, rows, weight, vector); break;

@@ -60,10 +60,10 @@ MF_INLINE void finish(V (&sums)[ROWS][VECTORS], const Epilogue& e, int vector, i
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) store(to + out_at[r], sums[r][v]);
     }
-    if (e.half.data) {
-      uint16_t* to = half_at(e.half, block, position) + lane;
+    if (e.bf16.data) {
+      uint16_t* to = bf16_at(e.bf16, block, position) + lane;
 #pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) store_half(e.half, to + r * HALF_RUN, sums[r][v]);
+      for (int r = 0; r < ROWS; ++r) store_bf16(e.bf16, to + r * BF16_RUN, sums[r][v]);
     }
   }
 }
@@ -105,7 +105,7 @@ inline void tile(const Products& p, const Epilogue& e, const char* a, ptrdiff_t 
                  int position, int y, int x) {
   V sums[SETS][ROWS][VECTORS] = {};
   const int32_t* offsets = p.offsets;
-  Ahead ahead = p.ahead ? *p.ahead : Ahead{};
+  Prefetch prefetch = p.prefetch ? *p.prefetch : Prefetch{};
   const auto step = [&](int k, V(&to)[ROWS][VECTORS]) __attribute__((always_inline)) {
     if constexpr (FORMAT == Format::bf16) {
       const uint16_t* w = reinterpret_cast<const uint16_t*>(weight) + ptrdiff_t(k) * VECTORS * LANES * 2;
@@ -143,10 +143,10 @@ inline void tile(const Products& p, const Epilogue& e, const char* a, ptrdiff_t 
     }
   }
   for (; k < p.depth; ++k) {
-    if constexpr (SETS == 1) ask(ahead);
+    if constexpr (SETS == 1) prefetch_line(prefetch);
     step(k, sums[0]);
   }
-  if (SETS == 1 && p.ahead) p.ahead->at = ahead.at;
+  if (SETS == 1 && p.prefetch) p.prefetch->at = prefetch.at;
 #pragma GCC unroll 3
   for (int s = 1; s < SETS; ++s) {
 #pragma GCC unroll 16
@@ -174,9 +174,9 @@ inline void tile_with_tail(const Products& p, const Epilogue& e, const char* a, 
   constexpr int WHOLE = VECTORS - 1;
   V sums[ROWS][VECTORS] = {};
   __m256 tails[ROWS] = {};
-  Ahead ahead = p.ahead ? *p.ahead : Ahead{};
+  Prefetch prefetch = p.prefetch ? *p.prefetch : Prefetch{};
   for (int k = 0; k < p.depth; ++k, weight += VECTORS * LANES * 4) {
-    ask(ahead);
+    prefetch_line(prefetch);
     if constexpr (FORMAT == Format::bf16) {
       const uint16_t* w = reinterpret_cast<const uint16_t*>(weight);
       const uint16_t* from = reinterpret_cast<const uint16_t*>(a) + p.offsets[k];
@@ -204,7 +204,7 @@ inline void tile_with_tail(const Products& p, const Epilogue& e, const char* a, 
       }
     }
   }
-  if (p.ahead) p.ahead->at = ahead.at;
+  if (p.prefetch) p.prefetch->at = prefetch.at;
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) sums[r][WHOLE] = (V)_mm512_insertf32x8(_mm512_setzero_ps(), tails[r], 0);
   finish(sums, e, vector, position, y, x);

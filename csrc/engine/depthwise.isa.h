@@ -39,22 +39,22 @@ MF_INLINE void depthwise_tile(const Depthwise& d, int y, int x, int lane) {
 #pragma GCC unroll 16
     for (int i = 0; i < WIDTH; ++i) store(d.out + at + i * BLOCK, sums[i]);
   }
-  if (d.half.data) store_half(d.half, half_at(d.half, d.half_block, ptrdiff_t(y) * d.width + x) + lane, sums);
+  if (d.bf16.data) store_bf16(d.bf16, bf16_at(d.bf16, d.bf16_block, ptrdiff_t(y) * d.width + x) + lane, sums);
 }
 
 // A row in tiles of one width; the last one overlaps the one before it, and says the same there
 template <int STRIDE, int WIDTH>
 inline void depthwise_rows(const Depthwise& d, int first, int last) {
-  Ahead ahead = d.ahead ? *d.ahead : Ahead{};
+  Prefetch prefetch = d.prefetch ? *d.prefetch : Prefetch{};
   for (int lane = 0; lane < BLOCK; lane += LANES) {
     for (int y = first; y < last; ++y) {
       for (int x = 0; x < d.width; x += WIDTH) {
-        for (int line = 0; line < WIDTH; line += 4) ask(ahead);
+        for (int line = 0; line < WIDTH; line += 4) prefetch_line(prefetch);
         depthwise_tile<STRIDE, WIDTH>(d, y, x + WIDTH <= d.width ? x : d.width - WIDTH, lane);
       }
     }
   }
-  if (d.ahead) d.ahead->at = ahead.at;
+  if (d.prefetch) d.prefetch->at = prefetch.at;
 }
 
 template <int STRIDE>

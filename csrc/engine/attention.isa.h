@@ -59,7 +59,7 @@ MF_INLINE void weigh_both(const float* x, const Scores& weights, int own, int co
 // out = x + the values [block][M][16], weighted, over `count` positions of so many blocks of one head
 template <int M, int BLOCKS>
 MF_INLINE void spread(const float* x, ptrdiff_t block, const Weights& weights, const float* values, int count,
-                      float* out, const Half& half, int half_block, int position) {
+                      float* out, const Bfloat16Map& bf16, int bf16_block, int position) {
   for (int lane = 0; lane < BLOCK; lane += LANES) {
     V v[BLOCKS][M];
 #pragma GCC unroll 3
@@ -81,7 +81,7 @@ MF_INLINE void spread(const float* x, ptrdiff_t block, const Weights& weights, c
 #pragma GCC unroll 3
       for (int b = 0; b < BLOCKS; ++b) {
         store(out + b * block + at, sum[b]);
-        if (half.data) store_half(half, half_at(half, half_block + b, position + p) + lane, sum[b]);
+        if (bf16.data) store_bf16(bf16, bf16_at(bf16, bf16_block + b, position + p) + lane, sum[b]);
       }
     }
   }
@@ -89,7 +89,7 @@ MF_INLINE void spread(const float* x, ptrdiff_t block, const Weights& weights, c
 
 template <int M>
 MF_INLINE void spread_both(const float* x, const Scores& weights, int own, const float* values, int count, float* out,
-                           const Half& half, int half_block, int position) {
+                           const Bfloat16Map& bf16, int bf16_block, int position) {
   for (int lane = 0; lane < BLOCK; lane += LANES) {
     VI first_head;
     for (int i = 0; i < LANES; ++i) first_head[i] = lane + i < own ? -1 : 0;
@@ -102,7 +102,7 @@ MF_INLINE void spread_both(const float* x, const Scores& weights, int own, const
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) sum += v[m] * blend(weights.of[0][m][p], weights.of[1][m][p], first_head);
       store(out + at, sum);
-      if (half.data) store_half(half, half_at(half, half_block, position + p) + lane, sum);
+      if (bf16.data) store_bf16(bf16, bf16_at(bf16, bf16_block, position + p) + lane, sum);
     }
   }
 }
@@ -174,7 +174,7 @@ struct Softmax {
 };
 
 template <int M>
-inline void mobile_to_former_of(const Walk& walk, const float* q, int C, float* most, float* sum, float* sums,
+inline void mobile_to_former_of(const Walk& walk, const float* q, int C, float* reference, float* sum, float* sums,
                                 float* kept) {
   Scores scores;
   Softmax<M> softmax;
@@ -212,14 +212,14 @@ inline void mobile_to_former_of(const Walk& walk, const float* q, int C, float* 
     }
   }
   for (int i = 0; softmax.started && i < BRIDGE_HEADS * M; ++i) {
-    most[i / M * MAX_TOKENS + i % M] = softmax.reference[i / M][i % M];
+    reference[i / M * MAX_TOKENS + i % M] = softmax.reference[i / M][i % M];
     sum[i / M * MAX_TOKENS + i % M] = sum_lanes(softmax.sums[i / M][i % M]);
   }
 }
 
 template <int M>
 inline void former_to_mobile_of(const Walk& walk, const float* k, const float* values, int C, float* out,
-                                const Half& half) {
+                                const Bfloat16Map& bf16) {
   Scores scores;
   for (int row = 0; row < walk.rows; ++row) {
     for (int begin = 0; begin < walk.width; begin += CHUNK) {
@@ -245,26 +245,26 @@ inline void former_to_mobile_of(const Walk& walk, const float* k, const float* v
             const ptrdiff_t from = at + b * walk.block;
             const float* v = values + ptrdiff_t(b) * M * BLOCK;
             blocks == 2
-                ? spread<M, 2>(walk.x + from, walk.block, scores.of[head], v, count, out + from, half, b, position)
-                : spread<M, 1>(walk.x + from, walk.block, scores.of[head], v, count, out + from, half, b, position);
+                ? spread<M, 2>(walk.x + from, walk.block, scores.of[head], v, count, out + from, bf16, b, position)
+                : spread<M, 1>(walk.x + from, walk.block, scores.of[head], v, count, out + from, bf16, b, position);
           },
           [&](int b, int own) {
             const ptrdiff_t from = at + b * walk.block;
-            spread_both<M>(walk.x + from, scores, own, values + ptrdiff_t(b) * M * BLOCK, count, out + from, half, b,
+            spread_both<M>(walk.x + from, scores, own, values + ptrdiff_t(b) * M * BLOCK, count, out + from, bf16, b,
                            position);
           });
     }
   }
 }
 
-inline void mobile_to_former(const Walk& walk, const float* q, int C, int M, float* most, float* sum, float* sums,
+inline void mobile_to_former(const Walk& walk, const float* q, int C, int M, float* reference, float* sum, float* sums,
                              float* kept) {
-  with_tokens(M, [&]<int TOKENS>() { mobile_to_former_of<TOKENS>(walk, q, C, most, sum, sums, kept); });
+  with_tokens(M, [&]<int TOKENS>() { mobile_to_former_of<TOKENS>(walk, q, C, reference, sum, sums, kept); });
 }
 
 inline void former_to_mobile(const Walk& walk, const float* k, const float* values, int C, int M, float* out,
-                             const Half& half) {
-  with_tokens(M, [&]<int TOKENS>() { former_to_mobile_of<TOKENS>(walk, k, values, C, out, half); });
+                             const Bfloat16Map& bf16) {
+  with_tokens(M, [&]<int TOKENS>() { former_to_mobile_of<TOKENS>(walk, k, values, C, out, bf16); });
 }
 
 }  // namespace mf::engine::MF_ISA
