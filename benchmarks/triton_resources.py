@@ -23,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mf_kernels._triton import has_kernels
 from mf_kernels.testing import CASES, TIMED
 from mf_kernels.triton._launch import Launch
 from mf_kernels.triton._resources import launches_of, resources, settings
@@ -33,7 +34,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 TABLE = ROOT / "docs" / "triton.md"
 VERSIONS = ("3.6", "3.9")  # of torch 2.11, and of the torch that is tested here
 # rows -> those of `mf_kernels.testing`; a batch of None is the row's own
-CASES_OF = {"layers": TIMED, "tests": tuple(case for case in CASES if not case.layer_of and case.shapes["x"][0])}
+CASES_OF = {
+    "layers": tuple(case for case in TIMED if has_kernels(case.op)),
+    "tests": tuple(case for case in CASES if has_kernels(case.op) and not case.layer_of and case.shapes["x"][0]),
+}
 CONFIGURATIONS = (
     {"rows": "layers", "arch": 90, "dtype": "bfloat16", "channels_last": True, "batch": 128},
     {"rows": "layers", "arch": 80, "dtype": "bfloat16", "channels_last": True, "batch": 128},
