@@ -67,8 +67,6 @@ def flops(case: testing.Case, direction: str) -> int | None:
     Attention forward is two products of L x C x M. Backward is five: the scores again, the gradient of the weights,
     and three to the arguments (the map is two of Mobile-to-Former's, the tokens two of Former-to-Mobile's).
     """
-    if case.op == "dynamic_relu":
-        return None
     if case.op == "token_side":
         rows = case.shapes["tokens"][0] * case.shapes["tokens"][1]
         attention = 4 * rows * case.shapes["tokens"][1] * case.shapes["tokens"][2]
@@ -79,7 +77,8 @@ def flops(case: testing.Case, direction: str) -> int | None:
     if case.op.startswith("depthwise"):
         forward = 2 * math.prod(case.output_shape) * math.prod(case.shapes["weight"][2:])
         return forward if direction == "forward" else 2 * forward
-    batch, channels, height, width = case.shapes["x"]
-    tokens = next(shape for name, shape in case.shapes.items() if name != "x")[1]
-    product = 2 * batch * channels * height * width * tokens
+    tokens = case.shapes.get("q", case.shapes.get("k"))
+    if tokens is None:
+        return None
+    product = 2 * math.prod(case.shapes["x"]) * tokens[1]
     return product * {"forward": 2, "backward": 5}[direction]

@@ -234,6 +234,6 @@ def _git(*arguments: str) -> str | None:
 def _is_stale(device: str) -> bool | None:
     """Whether a source was changed after the library was built from it; None without library or sources."""
     library = ROOT / f"mf_kernels/_{device}.so"
-    folders = [ROOT / "csrc/common", ROOT / "csrc" / device]
+    folders = [ROOT / "csrc" / name for name in ("common", "tensor", device)]
     changed = [path.stat().st_mtime for folder in folders for path in folder.rglob("*") if path.is_file()]
     return max(changed) > library.stat().st_mtime if changed and library.is_file() else None

@@ -17,8 +17,7 @@ from typing import Any
 
 from reading import load
 
-from mf_kernels import _preference
-from mf_kernels._preference import Preference
+from mf_kernels._preference import CUDA, OPS, UNMEASURED, Preference
 from mobileformer.files.replacing import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +33,7 @@ def decide(result: dict[str, Any], file: str) -> dict[str, Preference]:
         raise ValueError(f"{file}: expected a result of a card, got one of {environment.get('cpu')}")
     if environment["kernels_older_than_sources"]:
         raise ValueError(f"{file}: the kernels were older than their sources")
-    return {op: order(result, op, file) or before for op, before in _preference.CUDA.items()}
+    return {op: order(result, op, file) or CUDA.get(op, UNMEASURED) for op in OPS}
 
 
 def order(result: dict[str, Any], op: str, file: str) -> Preference | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -36,16 +37,13 @@ def launches_of(case: Case, dtype: torch.dtype, *, channels_last: bool, batch: i
         full = (batch, *shape[1:]) if name not in ("weight", "bias") else shape
         values = torch.empty(full, dtype=dtype, device="meta")
         arguments[name] = values.contiguous(memory_format=layout) if name == "x" else values
-    if case.op == "depthwise_conv2d":
-        arguments.setdefault("bias", None)
-    options = tuple(case.options.values())
+    names = list(inspect.signature(module.forward).parameters)
+    tensors = [arguments.get(name) for name in names if name not in case.options]
+    options = [case.options[name] for name in names if name in case.options]
     with recording((arch // 10, arch % 10)) as launches:
-        output = module.forward(*arguments.values(), *options)
-        if case.op == "mobile_to_former":
-            out, log_sum_exp = output
-            module.backward(out, *arguments.values(), out, log_sum_exp, *options)
-        else:
-            module.backward(output, *arguments.values(), *options)
+        made = module.forward(*tensors, *options)
+        output, kept = (made[0], made) if isinstance(made, tuple) else (made, ())
+        module.backward(output, *tensors, *kept, *options)
     return launches
 
 

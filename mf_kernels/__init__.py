@@ -14,11 +14,12 @@ from mf_kernels.ops.dynamic_relu import dynamic_relu, dynamic_relu_
 from mf_kernels.ops.fold_batch_norm import fold_batch_norm
 from mf_kernels.ops.former_to_mobile import former_to_mobile, former_to_mobile_
 from mf_kernels.ops.mobile_to_former import mobile_to_former
-from mf_kernels.ops.token_side import token_side
+from mf_kernels.ops.token_side import TokenSideLayers, token_side
 
 __all__ = [
     "KernelFallbackWarning",
     "KernelRecord",
+    "TokenSideLayers",
     "batch_norm_activation",
     "depthwise_conv2d",
     "depthwise_dynamic_relu",

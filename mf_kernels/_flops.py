@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from mf_kernels.ops import _library
+
 _COUNTER = "torch.utils.flop_counter"
 _Shape = Sequence[int]
 
@@ -89,7 +91,7 @@ def fvcore_handles() -> dict[str, Callable[[Sequence[Any], Sequence[Any]], int]]
     itself is not imported here. Norms, activations and what folds a norm count nothing, as with the plain model's
     multiply-adds of convolutions, linear layers and matrix products.
     """
-    nothing = ("dynamic_relu_fwd", "dynamic_relu_", "fold_batch_norm", "batch_norm_activation_fwd")
+    nothing = [name for name in _library.DEFINED if not name.endswith("_bwd")]  # but for those named here
     counts: dict[str, Callable[[Sequence[Any], Sequence[Any]], int]] = {
         "mobile_to_former_fwd": lambda given, _: _attention(_sizes(given[0]), _sizes(given[1])),
         "former_to_mobile_fwd": lambda given, _: _attention(_sizes(given[0]), _sizes(given[1])),
@@ -99,8 +101,8 @@ def fvcore_handles() -> dict[str, Callable[[Sequence[Any], Sequence[Any]], int]]
         "token_side": lambda given, _: _token_side(
             _sizes(given[0]), [_sizes(value) for value in given[2].node().inputs()]
         ),
-        **dict.fromkeys(nothing, lambda given, made: 0),
     }
+    counts = dict.fromkeys(nothing, lambda given, made: 0) | counts
     return {f"mf_kernels::{name}": count for name, count in counts.items()}
 
 

@@ -48,6 +48,19 @@ def load(device: str) -> str | None:
     return None
 
 
+@functools.cache
+def missing(op: str, device: str) -> str | None:
+    """None where the library of the device has a kernel of the operator, forward, else the reason why not."""
+    reason = load(device)
+    if reason is not None:
+        return reason
+    slots = (f"mf_kernels::{op}_fwd.native", f"mf_kernels::{op}.native")
+    declared = [slot for slot in slots if torch._C._dispatch_has_kernel(slot)]
+    if any(torch._C._dispatch_has_kernel_for_dispatch_key(slot, device.upper()) for slot in declared):
+        return None
+    return f"_{device}.so has no kernel of it"
+
+
 def _is_ours(path: Path, device: str) -> bool:
     """Whether the file says that it was compiled for these schemas. Read, not loaded: loading would register it."""
     wanted = f"mf_kernels _{device} interface {INTERFACE}.".encode()

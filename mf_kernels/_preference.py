@@ -1,4 +1,4 @@
-"""Which kernel `auto` takes on each device, operator by operator, and the measurement that says so.
+"""The operators that a call is routed for, which kernel `auto` takes of each, and the measurement that says so.
 
 On CUDA, Triton comes first until a committed result of a real card shows that the CUDA C++ kernel of an
 operator is right and faster. Such a change names its file under `benchmarks/results/`; the benchmark report
@@ -8,6 +8,11 @@ prints this table anew.
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from mf_kernels import reference
+
+# Those with an equation there, in its order
+OPS = tuple(name for name in vars(reference) if name in reference.__all__)
 
 
 class Preference(NamedTuple):
@@ -23,11 +28,12 @@ CUDA = {
     "dynamic_relu": Preference(("triton", "native"), None),
     "depthwise_conv2d": Preference(("triton", "native"), None),
 }
+UNMEASURED = Preference(("triton", "native"), None)  # of an operator that the table does not name yet
 DEVICES = ("cpu", "cuda")
 
 
 def backends(op: str, device: str) -> tuple[str, ...]:
     """What `auto` tries, in order, before the reference; nothing on a device without kernels."""
     if device == "cuda":
-        return CUDA[op].backends
+        return CUDA.get(op, UNMEASURED).backends
     return ("native",) if device == "cpu" else ()

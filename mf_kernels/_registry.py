@@ -19,7 +19,6 @@ import torch
 from mf_kernels import _native, _preference, _triton
 from mf_kernels.environment import constant_in_graphs, is_exported_to_onnx, is_transformed, switch
 
-OPS = ("mobile_to_former", "former_to_mobile", "dynamic_relu", "depthwise_conv2d")
 BACKENDS = ("auto", "reference", "native", "triton")
 MAX_TOKENS = 8
 _DTYPES = {
@@ -142,7 +141,7 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype, too_many_tok
     dtypes = _DTYPES.get((backend, device))
     if dtypes is None:
         return f"no kernels for device {device!r}"
-    missing = _native.load(device) if backend == "native" else _triton.missing(op, device)
+    missing = _native.missing(op, device) if backend == "native" else _triton.missing(op, device)
     if missing is not None:
         return missing
     if dtype not in dtypes:
@@ -168,7 +167,7 @@ def helper_missing(op: str, device: str) -> bool:
 
 @constant_in_graphs
 def _helper_kernel_missing(op: str, device: str) -> bool:
-    return _native.load(device) is not None
+    return _native.missing(op, device) is not None
 
 
 def _fall_back(op: str, reasons: str, shared: str) -> None:

@@ -26,7 +26,7 @@ def status() -> list[dict[str, Any]]:
     ============  ========================================================================
     """
     rows = []
-    for op in _registry.OPS:
+    for op in _preference.OPS:
         for device in _preference.DEVICES:
             present = device == "cpu" or torch.cuda.is_available()
             reasons = {

@@ -10,12 +10,18 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
 LOWEST_CAPABILITY = (8, 0)  # bfloat16 products on tensor cores begin here
+
+
+def has_kernels(op: str) -> bool:
+    """Whether somebody has written Triton kernels of the operator."""
+    return (Path(__file__).parent / "triton" / f"{op}.py").is_file()
 
 
 def interpreting() -> bool:
@@ -47,6 +53,8 @@ def missing(op: str, device: str) -> str | None:
     """None when there is a Triton that can serve tensors of the device, else the reason in words."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if not has_kernels(op):
+        return "no Triton kernels of it"
     if device == "cpu" and not interpreting():
         return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
     if device == "cuda":
@@ -82,22 +90,8 @@ def _compile_tiny(op: str, dtype: torch.dtype) -> None:
     """Compile the kernels of one forward and one backward call; run nothing."""
     from mf_kernels.triton._launch import recording
 
-    module = _module(op)
     x = torch.empty(1, 8, 4, 4, dtype=dtype, device="meta")
-    tokens, slopes, filters = x.new_empty(1, 6, 8), x.new_empty(1, 16), x.new_empty(8, 1, 3, 3)
-    log_sum_exp = x.new_empty((1, 1, 6), dtype=torch.float32)
     with recording(torch.cuda.get_device_capability()) as launches:
-        if op == "mobile_to_former":
-            module.forward(x, tokens, 1)
-            module.backward(tokens, x, tokens, tokens, log_sum_exp, 1)
-        elif op == "former_to_mobile":
-            module.forward(x, tokens, tokens, 1)
-            module.backward(x, x, tokens, tokens, 1)
-        elif op == "dynamic_relu":
-            module.forward(x, slopes)
-            module.backward(x, x, slopes)
-        else:
-            module.forward(x, filters, None, 1, "identity")
-            module.backward(x, x, filters, None, 1, "identity")
+        _module(op).both_passes(x)
     for call in launches:
         call.kernel.warmup(**call.arguments, **call.constants, grid=(call.programs,), **call.options())

@@ -84,7 +84,7 @@ def run(*command: str) -> None:
 @functools.cache
 def library() -> ctypes.CDLL:
     """All kernels as C functions."""
-    sources = [f"{op}.cpp" for op in ("mobile_to_former", "former_to_mobile", "dynamic_relu", "depthwise_conv2d")]
+    sources = [f"{op}.cpp" for op in _EVALUATE]
     return ctypes.CDLL(str(build("kernels.so", sources, link=["-shared"])))
 
 

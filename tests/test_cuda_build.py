@@ -16,7 +16,7 @@ from pathlib import Path
 import emulator_support
 import pytest
 import torch
-from kernel_support import OPS, python
+from kernel_support import CUDA_OPS, OPS, python
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_NVCC = "" if emulator_support.cuda_home() else "no nvcc"
@@ -37,7 +37,9 @@ cuda_resources = _load_script()
 def built() -> Path:
     """The library and its table, built once for every state of its sources."""
     digest = hashlib.sha256(torch.__version__.encode() + cuda_resources.nvcc_release().encode())
-    for path in sorted([ROOT / "setup.py", *ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/common/*")]):
+    for path in sorted(
+        [ROOT / "setup.py", *(p for room in ("cuda", "common", "tensor") for p in ROOT.glob(f"csrc/{room}/*"))]
+    ):
         digest.update(path.name.encode() + path.read_bytes())
     folder = ROOT / "build" / "cuda" / digest.hexdigest()[:16]
     if not (folder / "table.json").is_file():
@@ -60,7 +62,7 @@ def library(built: Path) -> Path:
 def test_every_kernel_is_compiled_for_both_generations_and_spills_nothing(table: dict) -> None:
     kernels = {arch: {row["kernel"] for row in table["kernels"] if row["arch"] == arch} for arch in ("sm_80", "sm_90")}
     assert kernels["sm_80"] == kernels["sm_90"]
-    for op in OPS:
+    for op in CUDA_OPS:
         assert any(kernel.startswith(op) and "backward" in kernel for kernel in kernels["sm_90"])
     assert [row for row in table["kernels"] if row["spill_bytes"] > 0] == []
     assert max(row["registers"] for row in table["kernels"]) <= 255
@@ -108,7 +110,7 @@ def test_the_library_holds_machine_code_of_both_generations(library: Path) -> No
 
 def test_the_library_fills_every_slot_and_needs_the_stable_interface_only(library: Path) -> None:
     content = library.read_bytes()
-    for op in OPS:
+    for op in CUDA_OPS:
         assert f"{op}_fwd.native".encode() in content
         assert f"{op}_bwd.native".encode() in content
     symbols = subprocess.run(["nm", "--dynamic", "-C", library], capture_output=True, text=True, check=True).stdout
@@ -136,14 +138,20 @@ def test_beside_torch_for_the_cpu_the_status_says_why_it_cannot_load(library: Pa
 
 def test_calls_are_counted_on_the_host(tmp_path: Path) -> None:
     """report.cu is host code: compiled alone, it counts and reports as record_kernels reads it."""
-    target = tmp_path / "report.so"
+    source, target = tmp_path / "kernels.cpp", tmp_path / "report.so"
+    source.write_text(
+        '#include "common/counter.h"\n'
+        'mf::KernelCounter forward("dynamic_relu_fwd"), backward("depthwise_conv2d_bwd"), never("dynamic_relu_bwd");\n'
+        'extern "C" void call_forward() { forward.add(); }\n'
+        'extern "C" void call_backward() { backward.add(); }\n'
+    )
     command = ["g++", "-std=c++20", "-fPIC", "-shared", "-x", "c++", "-D__CUDA_ARCH_LIST__=800,900"]
-    emulator_support.run(*command, "-I", str(ROOT / "csrc"), str(ROOT / "csrc/cuda/report.cu"), "-o", str(target))
+    report = str(ROOT / "csrc/cuda/report.cu")
+    emulator_support.run(*command, "-I", str(ROOT / "csrc"), report, str(source), "-o", str(target))
     library = ctypes.CDLL(str(target))
     library.mf_kernels_cuda_report.restype = ctypes.c_char_p
     assert json.loads(library.mf_kernels_cuda_report()) == {"calls": {}, "architectures": ["sm_80", "sm_90"]}
-    count = library._ZN2mf12count_servedENS_6KernelE
-    for kernel in (4, 4, 7):
-        count(kernel)
+    for call in (library.call_forward, library.call_forward, library.call_backward):
+        call()
     calls = json.loads(library.mf_kernels_cuda_report())["calls"]
     assert calls == {"dynamic_relu_fwd:native:cuda": 2, "depthwise_conv2d_bwd:native:cuda": 1}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from golden_support import golden_file, recipe_image, recipe_model
-from kernel_support import OPS, SMALL
+from kernel_support import CUDA_OPS, SMALL
 from test_cuda_emulated import ROWS as CUDA_ROWS
 from torch import Tensor
 from triton_interpreted import CASES as TRITON_ROWS
@@ -39,8 +39,8 @@ HALF = (torch.bfloat16,) if DRY else (torch.bfloat16, torch.float16)  # the libr
 def rows() -> list[testing.Case]:
     """All there are, each once: real layers, branches of the CPU's kernels, of Triton's, of CUDA's."""
     if DRY:
-        return list(SMALL.values())
-    every = [*testing.CASES, *TRITON_ROWS, *CUDA_ROWS]
+        return [SMALL[op] for op in CUDA_OPS]
+    every = [*(case for case in testing.CASES if case.op in CUDA_OPS), *TRITON_ROWS, *CUDA_ROWS]
     return list({(case.op, str(case.shapes), str(case.options)): case for case in every}.values())
 
 
@@ -125,7 +125,7 @@ def test_forward_and_gradients(case: testing.Case, backend: str, dtype: torch.dt
 
 @pytest.mark.parametrize("layout", [first("sliced"), "permuted", "unaligned"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CUDA_OPS)
 def test_any_strides(op: str, backend: str, layout: str) -> None:
     """What surrounds the inputs in memory is NaN: reading beside them shows."""
     case, dtype = SMALL[op], torch.float32
@@ -134,7 +134,7 @@ def test_any_strides(op: str, backend: str, layout: str) -> None:
 
 @pytest.mark.parametrize("dtype", [first(HALF[0]), *HALF[1:]], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CUDA_OPS)
 def test_autocast(op: str, backend: str, dtype: torch.dtype) -> None:
     """Inputs in float32, arithmetic and output in the autocast dtype, gradients in float32 again."""
     case = SMALL[op]
@@ -149,7 +149,7 @@ def test_autocast(op: str, backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CUDA_OPS)
 def test_compiled_whole(op: str, backend: str) -> None:
     """One graph by torch.compile, the kernels in it, forward and backward."""
     torch.compiler.reset()
@@ -164,7 +164,7 @@ def test_compiled_whole(op: str, backend: str) -> None:
 @pytest.mark.smoke
 @needs_graphs
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CUDA_OPS)
 def test_captured_in_a_cuda_graph(op: str, backend: str) -> None:
     """Forward and backward in one graph, replayed on other values: the bits of the calls themselves."""
     case, dtype = SMALL[op], torch.float32
@@ -195,7 +195,7 @@ def test_captured_in_a_cuda_graph(op: str, backend: str) -> None:
 @pytest.mark.smoke
 @needs_graphs
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CUDA_OPS)
 def test_on_the_current_stream(op: str, backend: str) -> None:
     """The inputs arrive late on another stream: a kernel on the default one would read what was there before."""
     case, dtype = SMALL[op], torch.float32
@@ -215,7 +215,7 @@ def test_on_the_current_stream(op: str, backend: str) -> None:
 
 @pytest.mark.skipif(DRY or torch.cuda.device_count() < 2, reason="one device")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CUDA_OPS)
 def test_on_a_device_that_is_not_the_current_one(op: str, backend: str) -> None:
     case, dtype = SMALL[op], torch.float32
     inputs = case.inputs(dtype, device="cuda:1")
@@ -226,7 +226,7 @@ def test_on_a_device_that_is_not_the_current_one(op: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CUDA_OPS)
 def test_no_samples(op: str, backend: str) -> None:
     case = next(case for case in testing.CASES if case.op == op and case.reaches == "no samples")
     results = run(case, backend, *given(case, torch.float32, "contiguous"))
@@ -248,7 +248,7 @@ def test_more_than_2_31_elements(backend: str) -> None:
 
 
 @pytest.mark.skipif(DRY, reason="auto leaves CPU tensors to the CPU")
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CUDA_OPS)
 def test_auto_is_what_the_table_says(op: str) -> None:
     from mf_kernels import _preference
 

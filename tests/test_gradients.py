@@ -12,14 +12,6 @@ from torch import Tensor
 import mf_kernels
 from mf_kernels import reference, testing
 
-# Small enough for gradcheck's one evaluation an element
-TINY = {
-    "mobile_to_former": {"x": (2, 4, 2, 3), "q": (2, 3, 4)},
-    "former_to_mobile": {"x": (2, 4, 2, 3), "k": (2, 3, 4), "v": (2, 3, 4)},
-    "dynamic_relu": {"x": (2, 3, 2, 3), "theta": (2, 6)},
-    "depthwise_conv2d": {"x": (2, 2, 4, 3), "weight": (4, 1, 3, 3), "bias": (4,)},
-}
-
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "layout"), GRID)
@@ -37,7 +29,7 @@ def test_gradients(case: testing.Case, layout: str, dtype: torch.dtype, isa: str
 
 def tiny(op: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(7)
-    values = (torch.randn(s, generator=generator, dtype=torch.float64) for s in TINY[op].values())
+    values = (torch.randn(s, generator=generator, dtype=torch.float64) for s in testing.TINY[op].values())
     return [t.to(dtype).requires_grad_() for t in values]
 
 
@@ -194,7 +186,7 @@ def first_gradients(op: str, leaves: list[Tensor]) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("op", OPS)
 def test_a_second_derivative_is_refused_by_name(op: str) -> None:
     """Whichever of the first gradients is differentiated again."""
-    for i in range(len(TINY[op])):
+    for i in range(len(testing.TINY[op])):
         leaves = tiny(op)
         gradient = first_gradients(op, leaves)[i]
         with pytest.raises(RuntimeError, match=rf"mf_kernels\.{op}: .*second derivative.*use_backend"):

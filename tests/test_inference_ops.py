@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,6 +203,15 @@ def token_arguments(B: int, M: int, D: int, C: int, C_out: int, slopes: tuple[in
     generator = torch.Generator().manual_seed(9)
     tokens, gathered = (torch.randn(B, M, n, generator=generator, dtype=torch.float64).to(dtype) for n in (D, C))
     return (tokens, gathered, *parameters(D, C, C_out, slopes, dtype))
+
+
+def test_the_kernel_reads_the_parameters_under_the_same_names() -> None:
+    """The order that a caller goes by is the one in which the C++ takes weight after weight."""
+    source = (Path(__file__).parents[1] / "csrc" / "cpu" / "token_side.h").read_text()
+    constructor = source[source.index("held_(counted(") :]
+    assert tuple(re.findall(r"(\w+)\((?:linear|norm)\(", constructor)) == mf_kernels.TokenSideLayers._fields
+    members = re.findall(r"^  (?:LinearLayer|NormLayer) ([\w, ]+);", source, re.MULTILINE)  # constructed in their order
+    assert tuple(name for line in members for name in line.split(", "))[-11:] == mf_kernels.TokenSideLayers._fields
 
 
 def token_side(tokens: Tensor, gathered: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -97,7 +97,7 @@ def test_batch_1_fills_the_card_where_there_is_enough_to_do() -> None:
 
 
 def test_the_choice_of_auto_is_a_table_with_its_justification() -> None:
-    assert tuple(_preference.CUDA) == OPS
+    assert set(_preference.CUDA) <= set(OPS)
     for preference in _preference.CUDA.values():
         assert sorted(preference.backends) == ["native", "triton"]
         if preference.justified_by is None:

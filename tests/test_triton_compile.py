@@ -17,9 +17,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from kernel_support import TRITON_OPS
 
 from mf_kernels import _triton
-from mf_kernels.testing import Case
+from mf_kernels.testing import TIMED
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
@@ -47,24 +48,12 @@ def script(benchmarks: None) -> ModuleType:
     return importlib.import_module("triton_resources")
 
 
-@pytest.mark.parametrize("op", ["dynamic_relu", "mobile_to_former", "former_to_mobile", "depthwise_conv2d"])
+@pytest.mark.parametrize("op", TRITON_OPS)
 def test_maps_move_16_bytes_at_once(op: str) -> None:
-    """Channels a multiple of 8, bfloat16, channels_last: loads and stores of a feature map are whole vectors."""
+    """Channels a multiple of 64, bfloat16, channels_last: loads and stores of a feature map are whole vectors."""
     from triton_launches import launches_of, resources
 
-    shapes = {"x": (1, 64, 28, 28)}
-    options = {}
-    if op == "dynamic_relu":
-        shapes["theta"] = (1, 128)
-    elif op == "depthwise_conv2d":
-        shapes["weight"] = (64, 1, 3, 3)
-        options = {"stride": 1, "activation": "identity"}
-    else:
-        shapes |= {name: (1, 6, 64) for name in ("q",) if op == "mobile_to_former"} or dict.fromkeys(
-            ("k", "v"), (1, 6, 64)
-        )
-        options = {"num_heads": 2}
-    case = Case(op, "aligned", shapes, "aligned", options)
+    case = next(case for case in TIMED if case.op == op and case.shapes["x"][1] % 64 == 0)
     for call in launches_of(case, torch.bfloat16, channels_last=True, batch=64, arch=90):
         if call.kernel.__name__.endswith(("_forward", "_backward")):
             needs = resources(call, 90)

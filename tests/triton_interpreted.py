@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import slopes_support
 import torch
-from kernel_support import OPS, SMALL
+from kernel_support import SMALL, TRITON_OPS
 
 import mf_kernels
 from mf_kernels import reference, testing
@@ -102,7 +102,7 @@ def test_forward_and_gradients(case: Case, layout: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("layout", ["sliced", "permuted", "unaligned"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRITON_OPS)
 def test_any_strides(op: str, layout: str) -> None:
     """What surrounds the inputs in memory is NaN: reading beside them shows."""
     case, dtype = SMALL[op], torch.float32
@@ -111,7 +111,7 @@ def test_any_strides(op: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRITON_OPS)
 def test_64_bit_offsets(op: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels of a sample of 2^31 elements or more, on a small one."""
     case, dtype = SMALL[op], torch.float32
@@ -131,7 +131,7 @@ def test_when_offsets_take_64_bits() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which computes for the interpreter
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRITON_OPS)
 def test_a_value_that_is_not_finite_spreads_as_in_the_reference(op: str, value: float, layout: str) -> None:
     """In x, tokens, slopes, bias. Of a filter it is nobody's promise: it multiplies the padding's zeros."""
     case = SMALL[op]
@@ -146,7 +146,7 @@ def test_a_value_that_is_not_finite_spreads_as_in_the_reference(op: str, value: 
 
 
 @pytest.mark.parametrize("size", [1e4, 1e18], ids=str)
-@pytest.mark.parametrize("op", OPS[:2])
+@pytest.mark.parametrize("op", TRITON_OPS[:2])
 def test_scores_far_apart(op: str, size: float) -> None:
     """A softmax that saturates: one term is 1 and the others underflow, and the term of 1 is exact.
 
@@ -177,7 +177,7 @@ def test_where_the_two_lines_meet_the_gradient_is_shared() -> None:
         torch.testing.assert_close(actual, expected[name])
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRITON_OPS)
 def test_auto_leaves_cpu_tensors_to_the_cpu(op: str) -> None:
     case = SMALL[op]
     with mf_kernels.record_kernels() as record:
@@ -193,7 +193,7 @@ def test_float64_is_refused_with_the_reason() -> None:
         mf_kernels.dynamic_relu(torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2).double())
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRITON_OPS)
 def test_compiled_graphs_call_it(op: str) -> None:
     """torch.compile keeps the operator as one node, forward and backward."""
     case = SMALL[op]
@@ -232,7 +232,7 @@ def test_a_flat_hard_sigmoid_keeps_an_infinite_gradient_from_theta() -> None:
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRITON_OPS)
 def test_the_shape_function_promises_what_comes(op: str, direction: str) -> None:
     call, arguments = raw(op, direction)
     torch.library.opcheck(call, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -252,7 +252,7 @@ def raw(op: str, direction: str) -> tuple[torch._ops.OpOverload, tuple]:
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRITON_OPS)
 def test_a_raw_call_with_another_shape_is_refused(op: str, direction: str) -> None:
     """Each tensor shorter by one along each axis in turn: one line with the operator, and nothing is read beside it."""
     call, arguments = raw(op, direction)
@@ -262,7 +262,7 @@ def test_a_raw_call_with_another_shape_is_refused(op: str, direction: str) -> No
                 continue  # a map of another height or width goes with the same slopes
             if op == "depthwise_conv2d" and direction == "fwd" and number == 0 and axis != 1:
                 continue  # and with the same filters
-            if op in OPS[:2] and direction == "fwd" and number == 0 and axis > 1:
+            if op in TRITON_OPS[:2] and direction == "fwd" and number == 0 and axis > 1:
                 continue  # and with the same tokens
             if op == "mobile_to_former" and direction == "fwd" and number == 1 and axis == 1:
                 continue  # as does another number of tokens

@@ -23,6 +23,8 @@
 namespace mf {
 namespace {
 
+KernelCounter forward_calls("batch_norm_activation_fwd"), backward_calls("batch_norm_activation_bwd");
+
 constexpr int64_t GRAIN = 16384;  // values that are worth a thread
 
 // Calls f.template operator()<ACTIVATION>()
@@ -160,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_activation_fwd(Tensor x_in, Tensor
   const std::optional<Tensor> theta = contiguous_theta(theta_in);                 // (B, 2C)
   const int64_t B = x.batch, C = x.channels, L = x.positions();
   const Tensor mean = new_tensor({C}, x_in.scalar_type()), inverse_deviation = new_tensor({C}, x_in.scalar_type());
-  count_served(Kernel::batch_norm_activation_fwd);
+  count_served(forward_calls);
   with_norm_dtype(x_in.scalar_type(), [&]<class A>() {
     Scratch<double> statistics(2 * C);
     batch_statistics<A>(statistics, statistics + C, x);
@@ -311,7 +313,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_activation_bwd(Tensor d_ou
   const int64_t B = x.batch, C = x.channels;
   const Tensor d_weight = new_tensor({C}, x_in.scalar_type()), d_bias = new_tensor({C}, x_in.scalar_type());
   const Tensor d_theta = new_tensor({theta ? B : 0, 2 * C}, x_in.scalar_type());
-  count_served(Kernel::batch_norm_activation_bwd);
+  count_served(backward_calls);
   with_norm_dtype(x_in.scalar_type(), [&]<class A>() {
     const NormMemory<A> memory(weight, bias, mean, inverse_deviation, theta, B, C);
     Scratch<A> d_slopes(theta ? 2 * B * C : 0);

@@ -153,6 +153,8 @@ void depthwise_conv2d_blocks(int64_t& blocks, const DepthwiseShape& shape) {
 namespace mf {
 namespace {
 
+KernelCounter forward_calls("depthwise_conv2d_fwd"), depthwise_dynamic_relu_calls("depthwise_dynamic_relu");
+
 Tensor forward(const Arguments& arguments, const Tensor& x_in, const Tensor& weight_in,
                const std::optional<Tensor>& bias_in, const std::optional<Tensor>& theta_in, int64_t stride,
                Activation activation) {
@@ -192,13 +194,13 @@ Tensor depthwise_conv2d_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias,
                             std::string activation) {
   const Arguments arguments = check_map("depthwise_conv2d_fwd", "x", x);
   const Activation wanted = activation_of(activation);
-  count_served(Kernel::depthwise_conv2d_fwd);
+  count_served(forward_calls);
   return forward(arguments, x, weight, bias, std::nullopt, stride, wanted);
 }
 
 Tensor depthwise_dynamic_relu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor theta, int64_t stride) {
   const Arguments arguments = check_map("depthwise_dynamic_relu", "x", x);
-  count_served(Kernel::depthwise_dynamic_relu);
+  count_served(depthwise_dynamic_relu_calls);
   return forward(arguments, x, weight, bias, theta, stride, Activation::dynamic_relu);
 }
 

@@ -223,6 +223,8 @@ void depthwise_conv2d_backward_steps(int64_t& channels, int64_t& part_size, cons
 namespace mf {
 namespace {
 
+KernelCounter backward_calls("depthwise_conv2d_bwd");
+
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_in, Tensor weight_in,
                                                         std::optional<Tensor> bias_in, int64_t stride,
                                                         std::string name) {
@@ -238,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_
   const Tensor d_weight = new_tensor({shape.O, 1, shape.K, shape.K}, weight.scalar_type());
   const Tensor d_bias = new_tensor({shape.O}, weight.scalar_type());
   const Activation activation = activation_of(name);
-  count_served(Kernel::depthwise_conv2d_bwd);
+  count_served(backward_calls);
   with_dtype(x_in.scalar_type(), [&]<class T>() {
     using A = Accumulator<T>;
     const T *x_data = data<T>(x.tensor), *d_y_data = data<T>(d_y.tensor), *weight_data = data<T>(weight);

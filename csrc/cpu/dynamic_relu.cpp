@@ -143,11 +143,13 @@ void dynamic_relu_columns_backward(T* d_x, Accumulator<T>* d_slope1, Accumulator
 namespace mf {
 namespace {
 
+KernelCounter forward_calls("dynamic_relu_fwd"), backward_calls("dynamic_relu_bwd");
+
 constexpr int64_t GRAIN = 16384;  // values that are worth a thread
 
 void dynamic_relu_into(const FeatureMap& y, const FeatureMap& x, const Tensor& theta) {  // theta (B, 2C)
   const int64_t B = x.batch, C = x.channels, L = x.positions();
-  count_served(Kernel::dynamic_relu_fwd);
+  count_served(forward_calls);
   with_dtype(x.tensor.scalar_type(), [&]<class T>() {
     using A = Accumulator<T>;
     Scratch<A> slopes(2 * B * C);
@@ -204,7 +206,7 @@ std::tuple<Tensor, Tensor> dynamic_relu_bwd(Tensor d_y_in, Tensor x_in, Tensor t
   const FeatureMap d_x = new_map(x, x.channels, x.height, x.width);
   const int64_t B = x.batch, C = x.channels, L = x.positions();
   const Tensor d_theta = new_tensor({B, 2 * C}, theta.scalar_type());
-  count_served(Kernel::dynamic_relu_bwd);
+  count_served(backward_calls);
   with_dtype(x_in.scalar_type(), [&]<class T>() {
     using A = Accumulator<T>;
     Scratch<A> slopes(2 * B * C), d_slopes(2 * B * C);

@@ -31,6 +31,8 @@ void scale_filters(T* folded, const T* weight, const T* scale, int64_t O, int64_
 namespace mf {
 namespace {
 
+KernelCounter fold_batch_norm_calls("fold_batch_norm");
+
 std::tuple<Tensor, Tensor> fold_batch_norm(Tensor weight_in, Tensor norm_weight_in, Tensor norm_bias_in, Tensor mean_in,
                                            Tensor variance_in, double eps) {
   const Arguments arguments("fold_batch_norm", "weight", weight_in, cpu(), {ScalarType::Float, ScalarType::Double});
@@ -48,7 +50,7 @@ std::tuple<Tensor, Tensor> fold_batch_norm(Tensor weight_in, Tensor norm_weight_
   const int64_t O = weight.size(0), J = weight.size(1) * weight.size(2) * weight.size(3);
   const Tensor folded = new_tensor({O, weight.size(1), weight.size(2), weight.size(3)}, weight.scalar_type());
   const Tensor bias = new_tensor({O}, weight.scalar_type());
-  count_served(Kernel::fold_batch_norm);
+  count_served(fold_batch_norm_calls);
   const auto fold = [&]<class T>() {
     const T *gamma = data<T>(norm_weight), *beta = data<T>(norm_bias), *mu = data<T>(mean), *var = data<T>(variance);
     T* bias_data = mutable_data<T>(bias);

@@ -112,11 +112,13 @@ void former_to_mobile_span_backward(Accumulator<T>* d_k_partial,    // [M][E]
 namespace mf {
 namespace {
 
+KernelCounter forward_calls("former_to_mobile_fwd"), backward_calls("former_to_mobile_bwd");
+
 // y may be x: a task reads its tile before it writes it
 void former_to_mobile_into(const FeatureMap& y, const FeatureMap& x, const Tensor& k, const Tensor& v,
                            int64_t num_heads) {
   const AttentionProblem p(x, k, num_heads);
-  count_served(Kernel::former_to_mobile_fwd);
+  count_served(forward_calls);
   with_dtype(x.tensor.scalar_type(), [&]<class T>() {
     using A = Accumulator<T>;
     const A scale = A(1) / std::sqrt(A(p.E));
@@ -169,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> former_to_mobile_bwd(Tensor d_y_in, Tensor x_
   const AttentionProblem p(x, k, num_heads);
   const FeatureMap d_x = new_map(x, x.channels, x.height, x.width);
   const Tensor d_k = new_tensor({p.B, p.M, p.C}, k.scalar_type()), d_v = new_tensor({p.B, p.M, p.C}, k.scalar_type());
-  count_served(Kernel::former_to_mobile_bwd);
+  count_served(backward_calls);
   with_dtype(x_in.scalar_type(), [&]<class T>() {
     using A = Accumulator<T>;
     const A scale = A(1) / std::sqrt(A(p.E));

@@ -9,15 +9,6 @@
 namespace mf {
 namespace {
 
-constexpr const char* KERNEL_NAMES[KERNEL_COUNT] = {
-    "mobile_to_former_fwd",      "mobile_to_former_bwd", "former_to_mobile_fwd", "former_to_mobile_bwd",
-    "dynamic_relu_fwd",          "dynamic_relu_bwd",     "depthwise_conv2d_fwd", "depthwise_conv2d_bwd",
-    "depthwise_dynamic_relu",    "token_side",           "fold_batch_norm",      "batch_norm_activation_fwd",
-    "batch_norm_activation_bwd",
-};
-
-std::atomic<uint64_t> calls[KERNEL_COUNT][ISA_COUNT];
-
 Isa best() { return runnable(Isa::avx512) ? Isa::avx512 : runnable(Isa::avx2) ? Isa::avx2 : Isa::baseline; }
 
 // -1 where the name is unknown or the CPU lacks it
@@ -37,9 +28,7 @@ std::atomic<int>& chosen() {
 
 Isa isa() { return static_cast<Isa>(chosen().load(std::memory_order_relaxed)); }
 
-void count_served(Kernel kernel) {
-  calls[static_cast<int>(kernel)][static_cast<int>(isa())].fetch_add(1, std::memory_order_relaxed);
-}
+void count_served(KernelCounter& kernel) { kernel.add(static_cast<int>(isa())); }
 
 }  // namespace mf
 
@@ -64,6 +53,7 @@ MF_EXPORT int mf_kernels_cpu_set_isa(const char* name) {
 MF_EXPORT const char* mf_kernels_cpu_report() {
   using namespace mf;
   static thread_local std::string text;
+  const std::vector<const KernelCounter*> kernels = KernelCounter::all();
   std::string compiled, able, served;
   const auto append = [](std::string& list, const std::string& item) { list += (list.empty() ? "" : ", ") + item; };
   for (int i = 0; i < ISA_COUNT; ++i) {
@@ -73,11 +63,9 @@ MF_EXPORT const char* mf_kernels_cpu_report() {
 #endif
     append(compiled, name);
     if (runnable(static_cast<Isa>(i))) append(able, name);
-    for (int k = 0; k < KERNEL_COUNT; ++k) {
-      const uint64_t n = calls[k][i].load(std::memory_order_relaxed);
-      if (n > 0) {
-        append(served,
-               std::string("\"") + KERNEL_NAMES[k] + ":native:cpu:" + ISA_NAMES[i] + "\": " + std::to_string(n));
+    for (const KernelCounter* kernel : kernels) {
+      if (const uint64_t n = kernel->calls(i); n > 0) {
+        append(served, std::string("\"") + kernel->name + ":native:cpu:" + ISA_NAMES[i] + "\": " + std::to_string(n));
       }
     }
   }

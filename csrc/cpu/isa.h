@@ -1,37 +1,19 @@
 // Which instruction set serves, chosen once at run time, and how often each kernel ran.
 #pragma once
 
-#include <cstdint>
-
+#include "common/counter.h"
 #include "common/isa.h"
 
 namespace mf {
 
-constexpr int ISA_COUNT = 3;  // that the kernels here are compiled for, or the baseline alone
-
-enum class Kernel : int {
-  mobile_to_former_fwd,
-  mobile_to_former_bwd,
-  former_to_mobile_fwd,
-  former_to_mobile_bwd,
-  dynamic_relu_fwd,
-  dynamic_relu_bwd,
-  depthwise_conv2d_fwd,
-  depthwise_conv2d_bwd,
-  depthwise_dynamic_relu,
-  token_side,
-  fold_batch_norm,
-  batch_norm_activation_fwd,
-  batch_norm_activation_bwd,
-};
-constexpr int KERNEL_COUNT = 13;
+constexpr int ISA_COUNT = KernelCounter::WAYS;  // that the kernels here are compiled for, or the baseline alone
 
 // The best instruction set that was compiled and that this CPU has, or the one that was asked for by
 // mf_kernels_cpu_set_isa (which is how MF_KERNELS_ISA comes in).
 Isa isa();
 
-// Counts one call of a kernel; mf_kernels.record_kernels reads the counts.
-void count_served(Kernel kernel);
+// Counts one call in the instruction set in use; mf_kernels.record_kernels reads the counts.
+void count_served(KernelCounter& kernel);
 
 }  // namespace mf
 

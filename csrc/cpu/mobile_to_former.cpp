@@ -132,6 +132,8 @@ void mobile_to_former_span_backward(
 namespace mf {
 namespace {
 
+KernelCounter forward_calls("mobile_to_former_fwd"), backward_calls("mobile_to_former_bwd");
+
 // Room for the tiles, weights and sums of one task, whatever the instruction set takes for a tile
 int64_t task_memory(const AttentionProblem& p) {
   constexpr int64_t most_lanes = 16, most_positions = 256;
@@ -147,7 +149,7 @@ std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_
   const Tensor out = new_tensor({p.B, p.M, p.C}, q.scalar_type());
   // Not their log-sum-exp: rounded, it would err more in the backward weights than the scores themselves do
   const Tensor statistics = new_tensor({p.B, p.N, p.M, 2}, accumulator_dtype(q));
-  count_served(Kernel::mobile_to_former_fwd);
+  count_served(forward_calls);
   with_dtype(x_in.scalar_type(), [&]<class T>() {
     using A = Accumulator<T>;
     const A scale = A(1) / std::sqrt(A(p.E));
@@ -203,7 +205,7 @@ std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Te
   const AttentionProblem p(x, q, num_heads);
   const FeatureMap d_x = new_map(x, x.channels, x.height, x.width);
   const Tensor d_q = new_tensor({p.B, p.M, p.C}, q.scalar_type());
-  count_served(Kernel::mobile_to_former_bwd);
+  count_served(backward_calls);
   with_dtype(x_in.scalar_type(), [&]<class T>() {
     using A = Accumulator<T>;
     const A scale = A(1) / std::sqrt(A(p.E));

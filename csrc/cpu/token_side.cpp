@@ -83,6 +83,8 @@ inline void gelu_row(float* x, int64_t count) {  // count a multiple of the lane
 namespace mf {
 namespace {
 
+KernelCounter token_side_calls("token_side");
+
 // y = x weight^T + bias over the threads; x is copied where its rows do not fill whole vectors
 void linear(float* y, const float* x, const LinearLayer& layer, int64_t R) {
   const int64_t K = layer.inputs, N = layer.outputs, padded = padded_inputs(K);
@@ -119,7 +121,7 @@ std::vector<Tensor> token_side(Tensor tokens_in, Tensor gathered_in, std::vector
   const Tensor tokens = as_contiguous(tokens_in), gathered_map = as_contiguous(gathered_in);  // (B, M, D), (B, M, C)
   const int64_t B = tokens.size(0), M = tokens.size(1), D = tokens.size(2), R = B * M, C = gathered_map.size(2);
   const TokenSideParameters p(std::move(parameters_in), arguments, D, C, float(eps));
-  count_served(Kernel::token_side);
+  count_served(token_side_calls);
   const auto dtype = tokens.scalar_type();
   const Tensor updated = new_tensor({B, M, D}, dtype);
   const Tensor key = new_tensor({B, M, p.key.outputs}, dtype), value = new_tensor({B, M, p.value.outputs}, dtype);

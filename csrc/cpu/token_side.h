@@ -1,4 +1,5 @@
-// The parameters of a block's token side, in the order of mf_kernels/ops/token_side.py.
+// The parameters of a block's token side, under the names and in the order of TokenSideLayers in
+// mf_kernels/ops/token_side.py.
 #pragma once
 
 #include <vector>

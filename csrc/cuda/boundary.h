@@ -1,6 +1,7 @@
 // Between the dispatcher's tensors and the CUDA kernels' pointers: device, stream, dtypes, scratch memory, launch checks.
 #pragma once
 
+#include "common/counter.h"
 #include "tensor/check.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -12,8 +13,6 @@
 
 #include <tuple>
 #include <vector>
-
-#include "cuda/report.h"
 
 namespace mf {
 
@@ -29,12 +28,12 @@ inline Arguments check_map(const char* op, const char* name, const Tensor& x) {
 // so a call can be captured in a CUDA graph.
 class DeviceCall {
  public:
-  DeviceCall(Kernel kernel, const Tensor& x)
+  DeviceCall(KernelCounter& kernel, const Tensor& x)
       : place_{aoti_torch_device_type_cuda(), x.get_device_index()}, guard_(place_.device_index) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place_.device_index, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-    count_served(kernel);
+    kernel.add();  // on the host; the device counts nothing
   }
 
   cudaStream_t stream() const { return stream_; }

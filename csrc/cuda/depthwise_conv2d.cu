@@ -8,6 +8,8 @@
 namespace mf {
 namespace {
 
+KernelCounter forward_calls("depthwise_conv2d_fwd"), backward_calls("depthwise_conv2d_bwd");
+
 Activation activation_of(const std::string& name) {
   if (name == "hardswish") return Activation::hardswish;
   if (name == "relu6") return Activation::relu6;
@@ -26,7 +28,7 @@ Tensor depthwise_conv2d_fwd(Tensor x_in, Tensor weight_in, std::optional<Tensor>
                             std::string name) {
   check_map("depthwise_conv2d_fwd", "x", x_in).depthwise(x_in, weight_in, bias_in, stride);
   const Activation activation = activation_of(name);
-  const DeviceCall call(Kernel::depthwise_conv2d_fwd, x_in);
+  const DeviceCall call(forward_calls, x_in);
   const FeatureMap x = feature_map(x_in);
   const Tensor weight = as_contiguous(weight_in);                  // (O, 1, K, K)
   const Tensor bias = bias_in ? as_contiguous(*bias_in) : weight;  // (O), else not read
@@ -48,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_bwd(Tensor d_y_in, Tensor x_
   arguments.tensor("d_y", d_y_in,
                    {x_in.size(0), weight_in.size(0), ceil_div(x_in.size(2), stride), ceil_div(x_in.size(3), stride)});
   const Activation activation = activation_of(name);
-  const DeviceCall call(Kernel::depthwise_conv2d_bwd, x_in);
+  const DeviceCall call(backward_calls, x_in);
   const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
   const Tensor weight = as_contiguous(weight_in);                  // (O, 1, K, K)
   const Tensor bias = bias_in ? as_contiguous(*bias_in) : weight;  // (O), else not read

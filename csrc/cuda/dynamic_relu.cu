@@ -5,9 +5,11 @@
 namespace mf {
 namespace {
 
+KernelCounter forward_calls("dynamic_relu_fwd"), backward_calls("dynamic_relu_bwd");
+
 Tensor dynamic_relu_fwd(Tensor x_in, Tensor theta_in) {
   check_map("dynamic_relu_fwd", "x", x_in).tensor("theta", theta_in, {x_in.size(0), 2 * x_in.size(1)});
-  const DeviceCall call(Kernel::dynamic_relu_fwd, x_in);
+  const DeviceCall call(forward_calls, x_in);
   const FeatureMap x = feature_map(x_in), y = call.new_map(x, x.channels, x.height, x.width);
   const Tensor theta = as_contiguous(theta_in);  // (B, 2C)
   with_dtype(x_in.scalar_type(), [&]<class T>() {
@@ -22,7 +24,7 @@ std::tuple<Tensor, Tensor> dynamic_relu_bwd(Tensor d_y_in, Tensor x_in, Tensor t
   const Arguments arguments = check_map("dynamic_relu_bwd", "x", x_in);
   arguments.tensor("theta", theta_in, {x_in.size(0), 2 * x_in.size(1)});
   arguments.tensor("d_y", d_y_in, {x_in.size(0), x_in.size(1), x_in.size(2), x_in.size(3)});
-  const DeviceCall call(Kernel::dynamic_relu_bwd, x_in);
+  const DeviceCall call(backward_calls, x_in);
   const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
   const FeatureMap d_x = call.new_map(x, x.channels, x.height, x.width);
   const Tensor theta = as_contiguous(theta_in);  // (B, 2C)

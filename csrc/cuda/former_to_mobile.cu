@@ -5,6 +5,8 @@
 namespace mf {
 namespace {
 
+KernelCounter forward_calls("former_to_mobile_fwd"), backward_calls("former_to_mobile_bwd");
+
 Arguments check(const char* op, const Tensor& x, const Tensor& k, const Tensor& v, int64_t num_heads) {
   const Arguments arguments = check_map(op, "x", x);
   arguments.tokens("k", k, x, num_heads);
@@ -18,7 +20,7 @@ AttentionShape shape_of(const FeatureMap& x, const Tensor& tokens, int64_t num_h
 
 Tensor former_to_mobile_fwd(Tensor x_in, Tensor k_in, Tensor v_in, int64_t num_heads) {
   check("former_to_mobile_fwd", x_in, k_in, v_in, num_heads);
-  const DeviceCall call(Kernel::former_to_mobile_fwd, x_in);
+  const DeviceCall call(forward_calls, x_in);
   const FeatureMap x = feature_map(x_in), y = call.new_map(x, x.channels, x.height, x.width);
   const Tensor k = as_contiguous(k_in), v = as_contiguous(v_in);  // (B, M, C)
   const AttentionShape shape = shape_of(x, k, num_heads);
@@ -34,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> former_to_mobile_bwd(Tensor d_y_in, Tensor x_
                                                         int64_t num_heads) {
   const Arguments arguments = check("former_to_mobile_bwd", x_in, k_in, v_in, num_heads);
   arguments.tensor("d_y", d_y_in, {x_in.size(0), x_in.size(1), x_in.size(2), x_in.size(3)});
-  const DeviceCall call(Kernel::former_to_mobile_bwd, x_in);
+  const DeviceCall call(backward_calls, x_in);
   const FeatureMap x = feature_map(x_in), d_y = feature_map_as(d_y_in, x.channels_last);
   const FeatureMap d_x = call.new_map(x, x.channels, x.height, x.width);
   const Tensor k = as_contiguous(k_in), v = as_contiguous(v_in);  // (B, M, C)

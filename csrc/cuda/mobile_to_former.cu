@@ -5,13 +5,15 @@
 namespace mf {
 namespace {
 
+KernelCounter forward_calls("mobile_to_former_fwd"), backward_calls("mobile_to_former_bwd");
+
 AttentionShape shape_of(const FeatureMap& x, const Tensor& q, int64_t num_heads) {  // q (B, M, C)
   return attention_shape(x.batch, x.channels, x.positions(), q.size(1), num_heads, x.channels_last);
 }
 
 std::tuple<Tensor, Tensor> mobile_to_former_fwd(Tensor x_in, Tensor q_in, int64_t num_heads) {
   check_map("mobile_to_former_fwd", "x", x_in).tokens("q", q_in, x_in, num_heads);
-  const DeviceCall call(Kernel::mobile_to_former_fwd, x_in);
+  const DeviceCall call(forward_calls, x_in);
   const FeatureMap x = feature_map(x_in);
   const Tensor q = as_contiguous(q_in);  // (B, M, C)
   const AttentionShape shape = shape_of(x, q, num_heads);
@@ -32,7 +34,7 @@ std::tuple<Tensor, Tensor> mobile_to_former_bwd(Tensor d_out_in, Tensor x_in, Te
   arguments.tensor("d_out", d_out_in, {q_in.size(0), q_in.size(1), q_in.size(2)});
   arguments.tensor("out", out_in, {q_in.size(0), q_in.size(1), q_in.size(2)});
   arguments.tensor("statistics", log_sum_exp_in, {q_in.size(0), num_heads, q_in.size(1)}, ScalarType::Float);
-  const DeviceCall call(Kernel::mobile_to_former_bwd, x_in);
+  const DeviceCall call(backward_calls, x_in);
   const FeatureMap x = feature_map(x_in), d_x = call.new_map(x, x.channels, x.height, x.width);
   const Tensor q = as_contiguous(q_in), d_out = as_contiguous(d_out_in), out = as_contiguous(out_in);  // (B, M, C)
   const Tensor log_sum_exp = as_contiguous(log_sum_exp_in);                                            // (B, N, M)

@@ -1,20 +1,11 @@
-#include "cuda/report.h"
-
+// What this library says of itself; read by mf_kernels.record_kernels.
+#include "common/counter.h"
 #include "common/interface.h"
 
-#include <atomic>
-#include <cstdint>
 #include <string>
 
 namespace mf {
 namespace {
-
-constexpr const char* KERNEL_NAMES[KERNEL_COUNT] = {
-    "mobile_to_former_fwd", "mobile_to_former_bwd", "former_to_mobile_fwd", "former_to_mobile_bwd",
-    "dynamic_relu_fwd",     "dynamic_relu_bwd",     "depthwise_conv2d_fwd", "depthwise_conv2d_bwd",
-};
-
-std::atomic<uint64_t> calls[KERNEL_COUNT];
 
 // nvcc lists the targets of a compilation as __CUDA_ARCH_LIST__, 800,900 for sm_80 and sm_90
 constexpr int ARCHITECTURES[] = {__CUDA_ARCH_LIST__};
@@ -22,9 +13,6 @@ constexpr int ARCHITECTURES[] = {__CUDA_ARCH_LIST__};
 void append(std::string& list, const std::string& item) { list += (list.empty() ? "" : ", ") + item; }
 
 }  // namespace
-
-void count_served(Kernel kernel) { calls[static_cast<int>(kernel)].fetch_add(1, std::memory_order_relaxed); }
-
 }  // namespace mf
 
 // Looked for in the file before it is loaded
@@ -39,9 +27,9 @@ extern "C" __attribute__((visibility("default"))) const char* mf_kernels_cuda_re
   using namespace mf;
   static thread_local std::string text;
   std::string served, architectures;
-  for (int k = 0; k < KERNEL_COUNT; ++k) {
-    const uint64_t n = calls[k].load(std::memory_order_relaxed);
-    if (n > 0) append(served, std::string("\"") + KERNEL_NAMES[k] + ":native:cuda\": " + std::to_string(n));
+  for (const KernelCounter* kernel : KernelCounter::all()) {
+    const uint64_t n = kernel->calls();
+    if (n > 0) append(served, std::string("\"") + kernel->name + ":native:cuda\": " + std::to_string(n));
   }
   for (const int architecture : ARCHITECTURES)
     append(architectures, "\"sm_" + std::to_string(architecture / 10) + "\"");

@@ -104,9 +104,9 @@ const Kernels& choose(const std::string& isa) {
   const std::vector<const Kernels*> able = runnable();
   if (isa.empty()) return *able.back();
   std::string names;
-  for (const Kernels* level : able) {
-    if (isa == level->name) return *level;
-    names += (names.empty() ? "" : ", ") + std::string(level->name);
+  for (const Kernels* kernels : able) {
+    if (isa == kernels->name) return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   }
   throw std::invalid_argument("isa: expected one of " + names + ", got " + isa);
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from mf_kernels import _registry, _triton
 
 Overloads = dict[str, Callable[..., Any]]
+DEFINED: list[str] = []  # every name that was declared
 
 
 def define(name: str, signature: str, fake: Callable[..., Any] | Overloads) -> Overloads:
@@ -19,12 +20,13 @@ def define(name: str, signature: str, fake: Callable[..., Any] | Overloads) -> O
     Libraries fill them when they are loaded. Declared here and not in C++, an operator exists (for export, compile and
     tests) with no compiler and no GPU.
     """
+    DEFINED.append(name)
     overloads: Overloads = {}
     for backend in ("native", "triton"):
         qualified = f"mf_kernels::{name}.{backend}"
         torch.library.define(qualified, signature, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(qualified, fake[backend] if isinstance(fake, dict) else fake)
-        if backend == "triton" and name.removesuffix("_fwd").removesuffix("_bwd") in _registry.OPS:
+        if backend == "triton" and _triton.has_kernels(name.removesuffix("_fwd").removesuffix("_bwd")):
             _triton.register(name, _registry.count_served)
         overloads[backend] = getattr(getattr(torch.ops.mf_kernels, name), backend)
     return overloads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,31 @@ from mf_kernels.ops.mobile_to_former import mobile_to_former
 
 NAME = "token_side"
 MAX_ROWS = 64
-LAYERS_BEFORE_SLOPES = 11
+_Of = TypeVar("_Of")
+
+
+class TokenSideLayers(NamedTuple, Generic[_Of]):
+    """Something of every layer of `token_side` before the slopes, in the order of its parameters.
+
+    The kernel has the same names in the same order (csrc/cpu/token_side.h).
+    """
+
+    gate: _Of  # (C, D)
+    bridge: _Of  # (D, C)
+    bridge_norm: _Of  # (D,)
+    query: _Of  # (D, D)
+    mix: _Of  # (D, D)
+    attention_norm: _Of  # (D,)
+    expand: _Of  # (2D, D)
+    contract: _Of  # (D, 2D)
+    ffn_norm: _Of  # (D,)
+    key: _Of  # (C', D)
+    value: _Of  # (C', D)
+
+
+_NAMES = TokenSideLayers._fields
+_BEFORE_SLOPES = 2 * len(_NAMES)  # a weight and a bias each
+_KEY, _VALUE = 2 * _NAMES.index("key"), 2 * _NAMES.index("value")
 
 
 def token_side(
@@ -33,13 +58,10 @@ def token_side(
     ==========  =====================================  =========================================================
     tokens      (B, M, D)                              any; the kernel serves float32 on CPU
     gathered    (B, M, C), of `mobile_to_former`       tokens'
-    parameters  weight and bias of, in this order:     tokens'
-                gate (C,D), bridge (D,C), LN (D),
-                query (D,D), mix (D,D), LN (D),
-                expand (2D,D), contract (D,2D), LN (D),
-                key (C',D), value (C',D), and for each
-                dynamic ReLU reduce (D/4,D), expand
-                (2K,D/4)
+    parameters  weight and bias of each layer of       tokens'
+                `TokenSideLayers`, in that order, then
+                for each dynamic ReLU of reduce
+                (D/4,D) and expand (2K,D/4)
     returns     (B,M,D), (B,M,C'), (B,M,C'), (B,2K)..  tokens'
     ==========  =====================================  =========================================================
 
@@ -91,7 +113,7 @@ def _check(tokens: Tensor, gathered: Tensor, parameters: Sequence[Tensor], num_h
         )
     if not isinstance(parameters, Sequence) or not all(isinstance(parameter, Tensor) for parameter in parameters):
         raise TypeError(f"{NAME}: parameters: expected a sequence of tensors, got {type(parameters).__name__}")
-    if len(parameters) < 2 * LAYERS_BEFORE_SLOPES or len(parameters) % 4 != 2:
+    if len(parameters) < _BEFORE_SLOPES or len(parameters) % 4 != 2:
         raise ValueError(f"{NAME}: parameters: expected 22 tensors and 4 for each dynamic ReLU, got {len(parameters)}")
 
 
@@ -103,9 +125,21 @@ def _check_parameters(tokens: Tensor, gathered: Tensor, parameters: Sequence[Ten
         weight = parameters[place]
         return weight.shape[0] if weight.dim() == 2 and weight.shape[0] > 0 else 1
 
-    weights: list[tuple[int, ...]] = [(channels, width), (width, channels), (width,), (width, width), (width, width)]
-    weights += [(width,), (2 * width, width), (width, 2 * width), (width,), (outputs(18), width), (outputs(18), width)]
-    for place in range(2 * LAYERS_BEFORE_SLOPES, len(parameters), 4):
+    layers: TokenSideLayers[tuple[int, ...]] = TokenSideLayers(
+        gate=(channels, width),
+        bridge=(width, channels),
+        bridge_norm=(width,),
+        query=(width, width),
+        mix=(width, width),
+        attention_norm=(width,),
+        expand=(2 * width, width),
+        contract=(width, 2 * width),
+        ffn_norm=(width,),
+        key=(outputs(_KEY), width),
+        value=(outputs(_KEY), width),
+    )
+    weights = list(layers)
+    for place in range(_BEFORE_SLOPES, len(parameters), 4):
         weights += [(width // 4, width), (outputs(place + 2), width // 4)]
     same = not _checks.autocasts(tokens)
     _checks.companion(NAME, "gathered", gathered, tokens, tuple(gathered.shape), "(B, M, C)", of="tokens", same=same)
@@ -120,28 +154,27 @@ def _token_side_in_pytorch(
     tokens: Tensor, gathered: Tensor, parameters: Sequence[Tensor], num_heads: int, eps: float
 ) -> list[Tensor]:
     layers = [(parameters[i], parameters[i + 1]) for i in range(0, len(parameters), 2)]
-    gate, bridge, bridge_norm, query, mix, attention_norm, expand, contract, ffn_norm, key, value = layers[
-        :LAYERS_BEFORE_SLOPES
-    ]
+    layer, slopes = TokenSideLayers(*layers[: len(_NAMES)]), layers[len(_NAMES) :]
     width = (tokens.shape[-1],)
-    factor = (F.linear(tokens, *gate) + 3).clamp(0, 6) / 3
-    t = F.layer_norm(tokens + F.linear(gathered * factor, *bridge), width, *bridge_norm, eps)
-    attended = mobile_to_former(t.transpose(1, 2).unsqueeze(2), F.linear(t, *query), num_heads=num_heads)
-    t = F.layer_norm(t + F.linear(attended, *mix), width, *attention_norm, eps)
-    t = F.layer_norm(t + F.linear(F.gelu(F.linear(t, *expand)), *contract), width, *ffn_norm, eps)
-    slopes = layers[LAYERS_BEFORE_SLOPES:]
+    factor = (F.linear(tokens, *layer.gate) + 3).clamp(0, 6) / 3
+    t = F.layer_norm(tokens + F.linear(gathered * factor, *layer.bridge), width, *layer.bridge_norm, eps)
+    attended = mobile_to_former(t.transpose(1, 2).unsqueeze(2), F.linear(t, *layer.query), num_heads=num_heads)
+    t = F.layer_norm(t + F.linear(attended, *layer.mix), width, *layer.attention_norm, eps)
+    hidden = F.gelu(F.linear(t, *layer.expand))
+    t = F.layer_norm(t + F.linear(hidden, *layer.contract), width, *layer.ffn_norm, eps)
     thetas = [
         F.linear(F.relu(F.linear(t[:, 0], *reduce)), *widen)
         for reduce, widen in zip(slopes[::2], slopes[1::2], strict=True)
     ]
-    return [t, F.linear(t, *key), F.linear(t, *value), *thetas]
+    return [t, F.linear(t, *layer.key), F.linear(t, *layer.value), *thetas]
 
 
 def _fake(tokens: Tensor, gathered: Tensor, parameters: Sequence[Tensor], num_heads: int, eps: float) -> list[Tensor]:
     batch, num_tokens, _ = tokens.shape
     outputs = [tokens.new_empty(tokens.shape)]
-    outputs += [tokens.new_empty((batch, num_tokens, parameters[i].shape[0])) for i in (18, 20)]
-    return outputs + [tokens.new_empty((batch, parameters[i].shape[0])) for i in range(24, len(parameters), 4)]
+    outputs += [tokens.new_empty((batch, num_tokens, parameters[i].shape[0])) for i in (_KEY, _VALUE)]
+    widened = range(_BEFORE_SLOPES + 2, len(parameters), 4)  # the second layer of each pair
+    return outputs + [tokens.new_empty((batch, parameters[i].shape[0])) for i in widened]
 
 
 _FORWARD = _library.define(

@@ -226,3 +226,9 @@ def backward(d_y: Tensor, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
             num_warps=4,
         )
     return d_x, d_theta
+
+
+def both_passes(x: Tensor) -> None:
+    """A forward and a backward pass over one small map: what `_triton` compiles to see whether it can."""
+    theta = x.new_empty(1, 2 * x.shape[1])
+    backward(forward(x, theta), x, theta)

@@ -92,13 +92,13 @@ class TokenBlock(nn.Module):
             and all(is_untouched(conv, conv.__class__) and _is_joinable(conv) for conv in convolutions)
         ):
             return None
-        layers = _layers(bridge, former, outward, relus)
+        layers = _layers(bridge, former, outward)
         parameters: list[Tensor] = []
-        for layer in layers:
+        for layer in (*layers, *_slopes(relus)):
             if not is_untouched(layer, nn.Linear, nn.LayerNorm):
                 return None
             parameters += _weight_and_bias(cast(nn.Module, layer))
-        norms = cast(list[nn.LayerNorm], [layers[2], layers[5], layers[8]])
+        norms = cast(list[nn.LayerNorm], [layers.bridge_norm, layers.attention_norm, layers.ffn_norm])
         if not (
             are_plain(parameters)
             and [parameter.shape for parameter in parameters] == self._shapes
@@ -114,20 +114,34 @@ class TokenBlock(nn.Module):
 
     def _remember(self, *relus: DynamicReLU) -> None:
         """Keep the shapes that the token side was built with."""
-        layers = _layers(self.mobile_to_former, self.former, self.former_to_mobile, relus)
-        self._shapes = [p.shape for layer in layers for p in _weight_and_bias(cast(nn.Module, layer))]
+        layers = _layers(self.mobile_to_former, self.former, self.former_to_mobile)
+        every = cast(list[nn.Module], [*layers, *_slopes(relus)])
+        self._shapes = [parameter.shape for layer in every for parameter in _weight_and_bias(layer)]
 
 
 def _layers(
-    bridge: MobileToFormer, former: Former, outward: FormerToMobile, relus: tuple[DynamicReLU, ...]
-) -> list[nn.Module | None]:
+    bridge: MobileToFormer, former: Former, outward: FormerToMobile
+) -> mf_kernels.TokenSideLayers[nn.Module | None]:
     """The layers of the token side in the operator's order, without `nn.Module.__getattr__`, which is slow."""
     enter, between, leave = bridge._modules, former._modules, outward._modules
-    layers = [enter["gate"], enter["project"], enter["norm"], between["query"], between["project"], between["norm"]]
-    layers += [between["ffn_expand"], between["ffn_project"], between["ffn_norm"], leave["key"], leave["value"]]
-    for relu in relus:
-        layers += [relu._modules["reduce"], relu._modules["expand"]]
-    return layers
+    return mf_kernels.TokenSideLayers(
+        gate=enter["gate"],
+        bridge=enter["project"],
+        bridge_norm=enter["norm"],
+        query=between["query"],
+        mix=between["project"],
+        attention_norm=between["norm"],
+        expand=between["ffn_expand"],
+        contract=between["ffn_project"],
+        ffn_norm=between["ffn_norm"],
+        key=leave["key"],
+        value=leave["value"],
+    )
+
+
+def _slopes(relus: tuple[DynamicReLU, ...]) -> list[nn.Module | None]:
+    """What follows them: the layers that make the slopes."""
+    return [relu._modules[name] for relu in relus for name in ("reduce", "expand")]
 
 
 def _weight_and_bias(layer: nn.Module) -> list[Tensor]:
