@@ -120,8 +120,8 @@ class Trial:
         Raises ExportError where the runtime or what writes its files is missing, RuntimeError where it cannot compute
         in this dtype.
         """
-        from mobileformer import runtimes
         from mobileformer.export.job import require
+        from mobileformer.race import runtimes
 
         require("export", "onnx", "onnxscript", name)
         shape, threads = tuple(self._x.shape), torch.get_num_threads()
