@@ -127,9 +127,8 @@ EMULATED = Backend(
     saves_exponents=True,
 )
 
-NOT_HERE = {
-    f"native-{isa}": f"this CPU has no {isa}" for isa in ("baseline", "avx2", "avx512") if isa not in runnable()
-}
+SETS = ("baseline", "avx2", "avx512")
+NOT_HERE = {f"native-{isa}": f"this CPU has no {isa}" for isa in SETS if isa not in runnable()}
 if emulator_support.missing():
     NOT_HERE["cuda"] = emulator_support.missing()
 BACKENDS = (INTERPRETED,) if _triton.interpreting() else (*NATIVE, *([] if "cuda" in NOT_HERE else [EMULATED]))

@@ -13,13 +13,12 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import operator_rows
 import pytest
 import torch
 from golden_support import golden_file, recipe_image, recipe_model
 from kernel_support import OPS, SMALL
-from test_cuda_emulated import ROWS as CUDA_ROWS
 from torch import Tensor
-from triton_interpreted import CASES as TRITON_ROWS
 
 import mf_kernels
 from mf_kernels import _registry, _triton, testing
@@ -40,8 +39,7 @@ def rows() -> list[testing.Case]:
     """All there are, each once: real layers, branches of the CPU's kernels, of Triton's, of CUDA's."""
     if DRY:
         return list(SMALL.values())
-    every = [*testing.CASES, *TRITON_ROWS, *CUDA_ROWS]
-    return list({(case.op, str(case.shapes), str(case.options)): case for case in every}.values())
+    return list(operator_rows.unique(testing.CASES, operator_rows.TRITON, operator_rows.CUDA))
 
 
 # Full precision in planes, half precision in channels_last; every fourth row the other way round, in float16 too

@@ -13,7 +13,7 @@ import operator_rows
 import pytest
 import torch
 from kernel_support import OPS, SMALL
-from operator_backends import BACKENDS, EMULATED, FLOAT32, NATIVE, NOT_HERE, Backend
+from operator_backends import BACKENDS, EMULATED, FLOAT32, NATIVE, NOT_HERE, SETS, Backend
 from torch import Tensor
 
 import mf_kernels
@@ -33,9 +33,12 @@ GRID = [
 ]
 
 
-@pytest.mark.parametrize("name", NOT_HERE)
-def test_every_kernel_has_its_machine(name: str) -> None:
-    pytest.skip(NOT_HERE[name])
+@pytest.mark.parametrize("name", [*(f"native-{isa}" for isa in SETS), "cuda"])
+@pytest.mark.skipif(_triton.interpreting(), reason="another process has these")
+def test_kernels_that_cannot_run_here_are_told(name: str) -> None:
+    if name in NOT_HERE:
+        pytest.skip(NOT_HERE[name])
+    assert name in {backend.name for backend in BACKENDS}
 
 
 def is_channels_last(x: Tensor) -> bool:
