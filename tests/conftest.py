@@ -9,8 +9,8 @@ import torch
 
 from mf_kernels import _native, _registry
 
-# Files that take longest, in seconds of one core, a minute first: with `--dist loadfile` a file is one worker's, and one
-# that came last would leave the others idle. The rest follows as it is called.
+# The files that take longest come first: with `--dist loadfile` a file is one worker's, and one that came last would
+# leave the others idle. The rest follows as it is called.
 LONGEST = (
     "test_cuda_build",  # nvcc
     "test_export",
