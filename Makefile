@@ -69,7 +69,7 @@ build/triton-3.6/.fetched: requirements/triton-3.6.txt | $(VENV)/.developing
 
 test: export MF_TRITON_3_6 := $(CURDIR)/build/triton-3.6
 test: $(VENV)/.developing $(VENV)/.built build/triton-3.6/.fetched
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(COVERAGE) $(TEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(COVERAGE) $(TEST)
 
 coverage: COVERAGE := --cov --cov-report=term
 coverage: test

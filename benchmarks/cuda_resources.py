@@ -9,11 +9,15 @@ Needs nvcc, no GPU and no torch for CUDA. One row for each kernel and architectu
     spill_bytes       of registers that did not fit, stored and loaded
     shared_bytes      of a block
     load_bits, store_bits   the widest access to global memory in the PTX: 128 is 16 bytes
+
+`sources` is a digest of the code that they were compiled from, without its comments: where it is that of today, a
+sample that compiles to the same rows shows that all of them are.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -39,8 +43,24 @@ _BITS = {
 }
 
 
-def build(folder: Path) -> str:
-    """Build mf_kernels/_cuda.so into folder/lib, its PTX into folder/ptx; gives the compiler's report."""
+def sources() -> str:
+    """A digest of the kernels' code, of all that it includes of csrc and of the compiler's flags."""
+    waiting, read = sorted(path.relative_to(ROOT / "csrc").as_posix() for path in ROOT.glob("csrc/cuda/*.cu")), {}
+    while waiting:
+        name = waiting.pop()
+        if name not in read and (ROOT / "csrc" / name).is_file():
+            text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", (ROOT / "csrc" / name).read_text(), flags=re.DOTALL)
+            read[name] = " ".join(text.split())
+            waiting += re.findall(r'#include "([^"]+)"', text)
+    flags = re.findall(r"^(?:COMMON_FLAGS|STABLE_FLAGS|NVCC_\w+)\b.*$", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    return hashlib.sha256(json.dumps([read, flags], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def build(folder: Path, sample: bool = False) -> str:
+    """Build mf_kernels/_cuda.so into folder/lib, its PTX into folder/ptx; gives the compiler's report.
+
+    A sample has the kernels for float32 alone.
+    """
     (folder / "ptx").mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
@@ -56,7 +76,7 @@ def build(folder: Path) -> str:
         "MF_KERNELS_CPU": "0",
         "MF_KERNELS_CUDA": "1",
         "MAX_JOBS": os.environ.get("MAX_JOBS", "2"),
-        "NVCC_APPEND_FLAGS": f"-Xptxas=-v --keep --keep-dir {folder / 'ptx'}",
+        "NVCC_APPEND_FLAGS": f"-Xptxas=-v --keep --keep-dir {folder / 'ptx'}" + (" -DMF_FLOAT_ONLY" if sample else ""),
     }
     # Away from TORCH_CUDA_ARCH_LIST: the table is of the architectures that a plain install compiles for
     environment.pop("TORCH_CUDA_ARCH_LIST", None)
@@ -118,16 +138,21 @@ def nvcc_release() -> str:
     return re.search(r"release ([\d.]+)", text).group(1)
 
 
-def make_table(folder: Path) -> dict:
-    """Build in `folder` and read the table off."""
-    report = build(folder)
-    return {"nvcc": nvcc_release(), "kernels": rows(report, sorted((folder / "ptx").glob("*.ptx")))}
+def make_table(folder: Path, sample: bool = False) -> dict:
+    """Build in `folder`, all or a sample, and read the table off."""
+    report = build(folder, sample)
+    return {
+        "nvcc": nvcc_release(),
+        "sources": sources(),
+        "kernels": rows(report, sorted((folder / "ptx").glob("*.ptx"))),
+    }
 
 
 def to_text(table: dict) -> str:
     """JSON with one kernel a line."""
     lines = ",\n".join("    " + json.dumps(row) for row in table["kernels"])
-    return f'{{\n  "nvcc": {json.dumps(table["nvcc"])},\n  "kernels": [\n{lines}\n  ]\n}}\n'
+    head = "".join(f'  "{name}": {json.dumps(table[name])},\n' for name in ("nvcc", "sources"))
+    return f'{{\n{head}  "kernels": [\n{lines}\n  ]\n}}\n'
 
 
 def main() -> None:

@@ -116,16 +116,21 @@ def with_saved_exponents(case: Case, dtype: torch.dtype, expected: Expectation) 
     """
     if case.op != "mobile_to_former" or dtype != torch.float32 or expected.truth["output"].numel() == 0:
         return expected.allowed
-    x, q = (t.double() for t in case.inputs(dtype).values())
-    heads, width = case.options["num_heads"], x.shape[1] // case.options["num_heads"]
-    keys, queries = x.flatten(2).unflatten(1, (heads, width)), q.unflatten(2, (heads, width))
-    scores = torch.einsum("bmne,bnel->bnml", queries, keys) * width**-0.5
-    factor = scores.logsumexp(-1).abs().max().item() * 2.0**-24
+    factor = saved_exponent(case, case.inputs(dtype)) * 2.0**-24
     allowed = dict(expected.allowed)
     for name in ("d_x", "d_q"):
         size = error(expected.truth[name], torch.zeros_like(expected.truth[name]))
         allowed[name] = Error(*(a + factor * s for a, s in zip(allowed[name], size, strict=True)))
     return allowed
+
+
+def saved_exponent(case: Case, inputs: dict[str, Tensor]) -> float:
+    """The largest size of a log-sum-exp of Mobile-to-Former's scores."""
+    x, q = (t.double() for t in inputs.values())
+    heads, width = case.options["num_heads"], x.shape[1] // case.options["num_heads"]
+    keys, queries = x.flatten(2).unflatten(1, (heads, width)), q.unflatten(2, (heads, width))
+    scores = torch.einsum("bmne,bnel->bnml", queries, keys) * width**-0.5
+    return scores.logsumexp(-1).abs().max().item()
 
 
 def assert_close(name: str, actual: Tensor, truth: Tensor, allowed: Error, dtype: torch.dtype) -> None:

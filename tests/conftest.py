@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: one thread, every instruction set in turn, warnings not yet given."""
+"""What all tests share: the order of the files, one thread, every instruction set in turn, warnings not yet given."""
 
 from __future__ import annotations
 
@@ -8,6 +8,32 @@ import pytest
 import torch
 
 from mf_kernels import _native, _registry
+
+# The files that take longest come first: with `--dist loadfile` a file is one worker's, and one that came last would
+# leave the others idle. The rest follows as it is called.
+LONGEST = (
+    "test_cuda_build",  # nvcc
+    "test_export",
+    "test_packaging",  # a wheel in isolation
+    "test_triton",  # the properties of all kernels in the interpreter
+    "test_gpu_dry",
+    "test_cuda_sanitizers",
+    "test_operators",  # g++ for the emulator
+    "test_altered_parts",
+    "test_cli_wrong_input",
+    "test_training_kept",
+    "test_timm_scripts",
+    "test_triton_compile",
+    "test_engine_sanitizers",
+    "test_memory",
+    "test_transforms",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
 
 # Small tensors: waiting for a second thread costs more than it gives.
 torch.set_num_threads(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -85,7 +87,7 @@ def run(*command: str) -> None:
 def library() -> ctypes.CDLL:
     """All kernels as C functions."""
     sources = [f"{op}.cpp" for op in _EVALUATE]
-    return ctypes.CDLL(str(build("kernels.so", sources, link=["-shared"])))
+    return ctypes.CDLL(str(build("kernels.so", [*sources, "launched.cpp"], link=["-shared"])))
 
 
 def call(function: str, *arguments: Tensor | int | bool | None) -> None:
@@ -107,13 +109,53 @@ def poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.full_like(like, float("nan"), dtype=dtype)
 
 
-def evaluate(case: testing.Case, dtype: torch.dtype, layout: str, seed: int = 0) -> dict[str, Tensor]:
-    """The output and every gradient of a case, as `testing.evaluate` names them, from the emulated CUDA kernels.
+def evaluate(case: testing.Case, inputs: dict[str, Tensor], d_output: Tensor) -> tuple[dict[str, Tensor], list[str]]:
+    """The output and every gradient, as `testing.evaluate` names them, and which CUDA kernels were launched.
 
-    `layout` is "contiguous", "channels_last" or "unaligned"; other strides become contiguous before a kernel sees them.
+    The map lies contiguous or channels_last, aligned or not; other strides become contiguous before a kernel sees them.
     """
-    inputs, d_output = case.inputs(dtype, layout=layout, seed=seed), case.d_output(dtype, layout=layout, seed=seed)
-    return _EVALUATE[case.op](inputs, d_output, case.options, layout == "channels_last")
+    launched()  # forgets what ran before
+    channels_last = is_channels_last(inputs["x"])
+    if d_output.dim() == 4:  # as feature_map_as does for the map's gradient
+        d_output = d_output.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    rest = {name: t.contiguous() for name, t in inputs.items() if name != "x"}
+    results = _EVALUATE[case.op]({"x": inputs["x"], **rest}, d_output, case.options, channels_last)
+    return results, launched()
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a call on a card would go by positions: feature_map.h has the same rule."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def launched() -> list[str]:
+    """Kernels that were launched since this was called last: depthwise_conv2d<float, channels, 4, 3, 1> and such."""
+    buffer = ctypes.create_string_buffer(1 << 16)
+    library().mf_launched(buffer, ctypes.c_int64(len(buffer)))
+    return sorted(_kernel_name(name) for name in buffer.value.decode().split())
+
+
+def kernels_of(case: testing.Case, dtype: torch.dtype, layout: str) -> set[str]:
+    """Which kernels a row launches, without running them."""
+    library().mf_only_tell(ctypes.c_bool(True))
+    try:
+        return set(evaluate(case, case.inputs(dtype, layout=layout), case.d_output(dtype, layout=layout))[1])
+    finally:
+        library().mf_only_tell(ctypes.c_bool(False))
+
+
+@functools.cache
+def _kernel_name(mangled: str) -> str:
+    return cuda_resources().kernel_names([mangled])[mangled]
+
+
+@functools.cache
+def cuda_resources() -> ModuleType:
+    """benchmarks/cuda_resources.py, which is no package's module: names and table of the kernels."""
+    spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "benchmarks" / "cuda_resources.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _dynamic_relu(inputs: dict, d_y: Tensor, options: dict, channels_last: bool) -> dict[str, Tensor]:

@@ -13,13 +13,12 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import operator_rows
 import pytest
 import torch
 from golden_support import golden_file, recipe_image, recipe_model
 from kernel_support import CUDA_OPS, SMALL
-from test_cuda_emulated import ROWS as CUDA_ROWS
 from torch import Tensor
-from triton_interpreted import CASES as TRITON_ROWS
 
 import mf_kernels
 from mf_kernels import _registry, _triton, testing
@@ -31,6 +30,8 @@ if not DRY and not torch.cuda.is_available():
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cpu" if DRY else "cuda"
+if DRY:  # what the interpreter takes longest for, on a map of a quarter of the size
+    SMALL = SMALL | {"depthwise_conv2d": next(row for row in operator_rows.TRITON if "stride 2, even" in row.reaches)}
 BACKENDS = ("triton", "native")
 needs_graphs = pytest.mark.skipif(DRY, reason="the CPU has no CUDA graphs and no streams")
 HALF = (torch.bfloat16,) if DRY else (torch.bfloat16, torch.float16)  # the library for the CPU has no float16
@@ -40,8 +41,8 @@ def rows() -> list[testing.Case]:
     """All there are, each once: real layers, branches of the CPU's kernels, of Triton's, of CUDA's."""
     if DRY:
         return [SMALL[op] for op in CUDA_OPS]
-    every = [*(case for case in testing.CASES if case.op in CUDA_OPS), *TRITON_ROWS, *CUDA_ROWS]
-    return list({(case.op, str(case.shapes), str(case.options)): case for case in every}.values())
+    every = operator_rows.unique(testing.CASES, operator_rows.TRITON, operator_rows.CUDA)
+    return [case for case in every if case.op in CUDA_OPS]
 
 
 # Full precision in planes, half precision in channels_last; every fourth row the other way round, in float16 too

@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("costs", "design", "ecosystem", "environment", "export", "gpu", "kernels", "triton")),
+    *(
+        f"docs/{name}.md"
+        for name in ("costs", "design", "ecosystem", "environment", "export", "gpu", "kernels", "triton")
+    ),
 ]
 NOT_IN_THE_REPOSITORY = ("torch/", "ATen/", ".venv/", "mf_kernels/_build.json")
 TEXT = pytest.mark.parametrize("text", TEXTS)

@@ -228,20 +228,22 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       const int64_t position = base + u * p.slots + lane.slot;
+      const bool inside = lane.active && position < lane.end;
       float here[V], gradient[V], weights[M], d_scores[M];
       widen(here, loaded[u]);
       dot_rows(weights, queries, here), dot_rows(d_scores, d_outs, here);
       sum_lanes(weights, p.across), sum_lanes(d_scores, p.across);
 #pragma unroll
       for (int m = 0; m < M; ++m) {
-        weights[m] = exponential(weights[m], lse[m]);
+        // Beyond the end scores are 0, and e^0 from a log-sum-exp far below would be infinite: times x = 0, NaN
+        weights[m] = inside ? exponential(weights[m], lse[m]) : 0.0f;
         d_scores[m] = weights[m] * (d_scores[m] - delta[m]);
       }
-      add_outer(d_queries, d_scores, here);  // beyond the end x is zero and adds nothing
+      add_outer(d_queries, d_scores, here);
       fill(gradient, 0);
       add_rows(gradient, d_scores, queries);  // x as the key
       add_rows(gradient, weights, d_outs);    // x as the value
-      if (lane.active && position < lane.end) store<V>(d_x + start + position * s.C, gradient);
+      if (inside) store<V>(d_x + start + position * s.C, gradient);
     }
   }
   leave_sums(d_q_parts, d_queries, shared, s, p, lane);
@@ -293,7 +295,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const float lse = m < s.M ? log_sum_exp[(lane.b * s.N + lane.head) * s.M + m] : INFINITY;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      weights[m][i] = exponential(weights[m][i], lse);
+      weights[m][i] = lane.active ? exponential(weights[m][i], lse) : 0.0f;
       d_scores[m][i] = m < s.M ? weights[m][i] * (d_scores[m][i] - delta[m]) : 0.0f;
     }
   }

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <set>
 
 #define MF_EMULATOR 1
 #undef __global__
@@ -31,6 +32,15 @@
 namespace mf_emulator {
 
 constexpr int WARP = 32;
+
+// The kernels that were launched since somebody cleared it, and whether they are only told and not run
+inline std::set<const void*> launched;
+inline bool only_told = false;
+
+inline bool wants_to_run(const void* kernel) {
+  launched.insert(kernel);
+  return !only_told;
+}
 
 struct Index {
   unsigned x = 0, y = 0, z = 0;

@@ -9,9 +9,11 @@
 
 #include "interface.h"
 #include "cuda/mobile_to_former_kernels.cuh"
-#include "cuda/former_to_mobile_kernels.cuh"
 #include "cuda/dynamic_relu_kernels.cuh"
+#ifndef MF_PLANTED  // the two kernels that carry a planted fault are enough to show that it is seen
+#include "cuda/former_to_mobile_kernels.cuh"
 #include "cuda/depthwise_conv2d_kernels.cuh"
+#endif
 
 using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
@@ -86,6 +88,36 @@ void dynamic_relu(int64_t B, int64_t C, int64_t L, bool channels_last) {
   compare("dynamic_relu", loops, {x, theta}, y, d_y, {d_x, d_theta});
 }
 
+void mobile_to_former(int64_t B, int64_t C, int64_t L, int64_t M, int64_t N, bool channels_last) {
+  const auto shape = mf::attention_shape(B, C, L, M, N, channels_last);
+  const Floats x = random_values(B * C * L), q = random_values(B * M * C), d_out = random_values(B * M * C);
+  Floats out(q.size()), log_sum_exp(B * N * M), d_x(x.size()), d_q(q.size());
+  mf::launch_mobile_to_former(out.data(), log_sum_exp.data(), x.data(), q.data(), shape, Memory(), nullptr);
+  mf::launch_mobile_to_former_backward(d_x.data(), d_q.data(), d_out.data(), x.data(), q.data(), out.data(),
+                                       log_sum_exp.data(), shape, Memory(), nullptr);
+  const int64_t E = C / N;
+  const auto loops = [&](const Arguments& in) {
+    Doubles gathered(q.size(), 0.0);
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t c0 = 0; c0 < C; c0 += E)
+        for (int64_t m = 0; m < M; ++m) {
+          double total = 0, *row = &gathered[(b * M + m) * C];
+          for (int64_t l = 0; l < L; ++l) {
+            double score = 0;
+            for (int64_t c = c0; c < c0 + E; ++c)
+              score += in[0][at(channels_last, b, c, l, C, L)] * in[1][(b * M + m) * C + c];
+            const double weight = std::exp(score / std::sqrt(double(E)));
+            total += weight;
+            for (int64_t c = c0; c < c0 + E; ++c) row[c] += weight * in[0][at(channels_last, b, c, l, C, L)];
+          }
+          for (int64_t c = c0; c < c0 + E; ++c) row[c] /= total;
+        }
+    return gathered;
+  };
+  compare("mobile_to_former", loops, {x, q}, out, d_out, {d_x, d_q});
+}
+
+#ifndef MF_PLANTED
 void former_to_mobile(int64_t B, int64_t C, int64_t L, int64_t M, int64_t N, bool channels_last) {
   const auto shape = mf::attention_shape(B, C, L, M, N, channels_last);
   const Floats x = random_values(B * C * L), k = random_values(B * M * C), v = random_values(B * M * C);
@@ -116,35 +148,6 @@ void former_to_mobile(int64_t B, int64_t C, int64_t L, int64_t M, int64_t N, boo
   compare("former_to_mobile", loops, {x, k, v}, y, d_y, {d_x, d_k, d_v});
 }
 
-void mobile_to_former(int64_t B, int64_t C, int64_t L, int64_t M, int64_t N, bool channels_last) {
-  const auto shape = mf::attention_shape(B, C, L, M, N, channels_last);
-  const Floats x = random_values(B * C * L), q = random_values(B * M * C), d_out = random_values(B * M * C);
-  Floats out(q.size()), log_sum_exp(B * N * M), d_x(x.size()), d_q(q.size());
-  mf::launch_mobile_to_former(out.data(), log_sum_exp.data(), x.data(), q.data(), shape, Memory(), nullptr);
-  mf::launch_mobile_to_former_backward(d_x.data(), d_q.data(), d_out.data(), x.data(), q.data(), out.data(),
-                                       log_sum_exp.data(), shape, Memory(), nullptr);
-  const int64_t E = C / N;
-  const auto loops = [&](const Arguments& in) {
-    Doubles gathered(q.size(), 0.0);
-    for (int64_t b = 0; b < B; ++b)
-      for (int64_t c0 = 0; c0 < C; c0 += E)
-        for (int64_t m = 0; m < M; ++m) {
-          double total = 0, *row = &gathered[(b * M + m) * C];
-          for (int64_t l = 0; l < L; ++l) {
-            double score = 0;
-            for (int64_t c = c0; c < c0 + E; ++c)
-              score += in[0][at(channels_last, b, c, l, C, L)] * in[1][(b * M + m) * C + c];
-            const double weight = std::exp(score / std::sqrt(double(E)));
-            total += weight;
-            for (int64_t c = c0; c < c0 + E; ++c) row[c] += weight * in[0][at(channels_last, b, c, l, C, L)];
-          }
-          for (int64_t c = c0; c < c0 + E; ++c) row[c] /= total;
-        }
-    return gathered;
-  };
-  compare("mobile_to_former", loops, {x, q}, out, d_out, {d_x, d_q});
-}
-
 void depthwise_conv2d(int64_t B, int64_t C, int64_t H, int64_t W, int64_t mult, int64_t K, int64_t S,
                       mf::Activation activation, bool channels_last) {
   const auto s = mf::depthwise_shape(B, C, H, W, C * mult, K, S, channels_last);
@@ -173,14 +176,14 @@ void depthwise_conv2d(int64_t B, int64_t C, int64_t H, int64_t W, int64_t mult, 
   };
   compare("depthwise_conv2d", loops, {x, weight, bias}, y, d_y, {d_x, d_weight, d_bias});
 }
+#endif
 
 }  // namespace
 
-int main(int argc, char**) {
-  const bool only_planted = argc > 1;  // the two kernels that carry a planted fault
+int main() {
   dynamic_relu(2, 12, 35, true);
   mobile_to_former(1, 24, 40, 3, 2, true);
-  if (only_planted) return failures != 0;
+#ifndef MF_PLANTED
   dynamic_relu(1, 6, 36, true);
   dynamic_relu(1, 300, 3, true);
   dynamic_relu(2, 3, 15, false);
@@ -200,6 +203,7 @@ int main(int argc, char**) {
   depthwise_conv2d(1, 2, 5, 16, 1, 3, 2, Activation::identity, false);
   depthwise_conv2d(1, 2, 5, 8, 2, 3, 1, Activation::identity, false);
   depthwise_conv2d(2, 2, 7, 5, 1, 5, 2, Activation::relu6, false);
+#endif
   std::printf("%d comparisons failed\n", failures);
   return failures != 0;
 }
