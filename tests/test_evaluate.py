@@ -219,15 +219,21 @@ def evaluated(folder: Path, weights: str = "ours.safetensors", *options: object,
 
 def expected(folder: Path) -> np.ndarray:
     """The confusion matrix, in float64 on the plain path, image by image."""
+    return expected_with_loss(folder)[0]
+
+
+def expected_with_loss(folder: Path) -> tuple[np.ndarray, float]:
+    """The same, and the mean cross entropy."""
     model = mobileformer.load_model(folder / "ours.safetensors", use_fused=False).double()
     images, labels = pictures()
     transform = EvaluationTransform(32, [0.5] * 3, [0.25] * 3)
-    matrix = np.zeros((len(CLASSES), len(CLASSES)), int)
+    matrix, loss = np.zeros((len(CLASSES), len(CLASSES)), int), 0.0
     for image, label in zip(images, labels, strict=True):
         with torch.no_grad():
             logits = model(torch.from_numpy(transform(Image.fromarray(image)))[None].double())
         matrix[label, logits.argmax()] += 1
-    return matrix
+        loss -= logits[0].log_softmax(0)[label].item()
+    return matrix, loss / len(images)
 
 
 def matrix_of(report: Any) -> np.ndarray:
@@ -238,7 +244,8 @@ def matrix_of(report: Any) -> np.ndarray:
 
 
 def test_the_command_counts_right(folder: Path) -> None:
-    report, matrix = evaluated(folder), expected(folder)
+    report, (matrix, loss) = evaluated(folder), expected_with_loss(folder)
+    assert report["results"][0]["loss"] == pytest.approx(loss, rel=1e-4)
     assert 0 < np.trace(matrix) < matrix.sum()
     np.testing.assert_array_equal(matrix_of(report), matrix)
     (result,) = report["results"]

@@ -287,3 +287,13 @@ def test_a_folded_network_has_the_metadata_of_the_file(folder: Path) -> None:
     engine = Predictor(folder / "own.safetensors", threads=1).network.engine
     assert engine is not None
     assert engine.metadata == FoldedNetwork.load(folder / "folded.safetensors").metadata
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-3), ("bfloat16", 0.05)])
+def test_on_a_gpu(folder: Path, photo: Path, precision: Any, bound: float) -> None:
+    predictor = Predictor(folder / "own.safetensors", device="cuda", precision=precision)
+    assert (predictor.network.path, predictor.network.device) == ("fused", "cuda")
+    index, probability = expected(folder / "own.safetensors", photo, 64, 0.9)[0]
+    answer = next(predictor(photo))
+    assert {row.index: row.probability for row in answer.classes}[index] == pytest.approx(probability, abs=bound)

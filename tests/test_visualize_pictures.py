@@ -216,6 +216,9 @@ def test_the_command_for_people(folder: Path, tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["b-attention.png"]
     (top,) = run_json("predict", image, "--weights", weights, "--size", 32, "--top-k", 1)["results"][0]["predictions"]
     assert f"class {top['class']} {100 * top['probability']:.1f} %" in result.stdout
+    named = run("visualize", image, "--weights", folder / "named.safetensors", "--html", tmp_path / "page.html").stdout
+    assert "Taken for: fox" in named
+    assert "bee [old] 2" in named  # which would vanish if it were read as markup
 
 
 def test_the_command_takes_the_weights_of_the_package(folder: Path, tmp_path: Path) -> None:

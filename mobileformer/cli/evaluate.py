@@ -250,8 +250,9 @@ def _result(path: str, score: Score) -> dict[str, Any]:
         "path": path,
         "top1_correct": score.top1_correct,
         "top5_correct": score.top5_correct,
-        "top1_percent": 100 * score.top1_correct / score.images,
-        "top5_percent": 100 * score.top5_correct / score.images,
+        "top1_percent": score.tally.top1_percent,
+        "top5_percent": score.tally.top5_percent,
+        "loss": score.tally.mean_loss,
         "network_images_per_second": score.images / score.seconds,
     }
 

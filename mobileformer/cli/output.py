@@ -139,12 +139,14 @@ def print_table(
 ) -> None:
     """A table on standard output, `width` wide at most where that is no terminal. Columns of numbers are set right."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
     # Without a terminal rich assumes 80 columns and folds cells; a file or a pipe has room, and names are searched for.
     console = Console(width=None if sys.stdout.isatty() else width, highlight=False)
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    told = escape(caption) if caption else caption  # names of classes and files stand in both
+    table = Table(title=escape(title), caption=told, title_justify="left", caption_justify="left")
     for index, column in enumerate(columns):
         numeric = all(_is_number(str(row[index])) for row in rows)
         table.add_column(column, justify="right" if numeric and rows else "left", overflow="fold")
