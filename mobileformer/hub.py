@@ -145,7 +145,7 @@ class Model(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_weights(self, save_directory / constants.SAFETENSORS_SINGLE_FILE, **self._told())
-        config = {name: value for name, value in asdict(self.metadata).items() if value is not None}
+        config = {name: value for name, value in _arguments(self.metadata).items() if value is not None}
         with replacing(save_directory / constants.CONFIG_NAME) as temporary:
             temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -179,7 +179,7 @@ class Model(
 
     @classmethod
     def _from_file(cls, path: str | os.PathLike[str], *, strict: bool, **arguments: Any) -> Model:
-        told = asdict(read_metadata(path))
+        told = _arguments(read_metadata(path))
         asked = {**told, **arguments}
         if asked["num_classes"] != told["num_classes"]:
             if strict:
@@ -203,3 +203,8 @@ class Model(
         model = cls(**asked)
         load_weights(model, path, allow_new_head=not strict, allow_new_channels=not strict)
         return model.eval()
+
+
+def _arguments(metadata: Metadata) -> dict[str, Any]:
+    """What a file says, as a `Model` takes it. The task is no argument: it is what the class is for."""
+    return {name: value for name, value in asdict(metadata).items() if name != "task"}
