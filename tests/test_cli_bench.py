@@ -235,7 +235,7 @@ def test_what_is_wrong_is_told_and_nan_is_wrong() -> None:
     exact = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
     off = [torch.tensor([3.0, 3.0]), torch.tensor([[0.0]])]
     assert relative_norm(off, exact) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         relative_norm(off[:1], exact)
 
 
