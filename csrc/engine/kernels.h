@@ -124,7 +124,8 @@ struct Kernels {
   void (*stem)(const Stem&, int width, float* out, ptrdiff_t out_block);
   void (*depthwise)(const Depthwise&, int first_row, int last_row);
   // Mobile-to-Former over some rows, queries [C][8] by token: the reference and the sum of the softmax [16] by head
-  // and token, untouched where there are no rows, and under them the weighted sums of x [blocks][M][16]; `kept` [positions][16] are the scores, or null
+  // and token, untouched where there are no rows, and under them the weighted sums of x [blocks][M][16]; `kept`
+  // [positions][16] are the scores, or null
   void (*mobile_to_former)(const Walk&, const float* queries, int C, int M, float* reference, float* sum, float* sums,
                            float* kept);
   // Former-to-Mobile, keys [C][8] by token: x += the values [blocks][M][16], weighted

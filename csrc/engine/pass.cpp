@@ -16,7 +16,7 @@ void Pass::run(const Images& images) {
   for (size_t b = together; b < weights.blocks.size(); ++b) block(b, images);
   block_ = -1;
   member.prefetch.move_to(weights.bridge_at);
-  mobile_to_former(weights.bridge, weights.blocks.size(), space.gather_queries);
+  mobile_to_former(weights.bridge, weights.blocks.size(), space.bridge_queries);
   dump_tokens("tokens");
   member.prefetch.move_to(weights.end);
   if (!extras.tokens || !leader()) return;

@@ -4,6 +4,7 @@
 // the maps.
 #pragma once
 
+#include "engine/call.h"
 #include "engine/member.h"
 #include "engine/workspace.h"
 

@@ -150,7 +150,7 @@ void Pass::token_side(size_t i) {
   const Block& block = weights.blocks[i];
   const TokenSide& side = block.tokens;
   const int M = config.num_tokens, D = config.token_dim;
-  mobile_to_former(side.gather, i, space.blocks[i].queries);
+  mobile_to_former(side.mobile_to_former, i, space.blocks[i].queries);
   dump_tokens(".mobile_to_former");
 
   linear(side.query, space.tokens, D, M, space.row, D);

@@ -28,7 +28,7 @@ class BlockBuilder {
                        const Places (&places)[2]) {
     const int D = config_.token_dim;
     TokenSide side;
-    side.gather = bridge(name + ".mobile_to_former", in_channels);
+    side.mobile_to_former = bridge(name + ".mobile_to_former", in_channels);
     side.query = build_.linear(name + ".former.query", D, D, LOG2_E);
     side.project = build_.linear(name + ".former.project", D, D);
     side.norm = build_.norm(name + ".former.norm", D);

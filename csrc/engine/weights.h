@@ -13,7 +13,7 @@ struct MobileToFormer {
 };
 
 struct TokenSide {
-  MobileToFormer gather;
+  MobileToFormer mobile_to_former;
   Linear query, project, ffn_expand, ffn_project;
   Norm norm, ffn_norm;
   Linear key_and_value;  // to [blocks of C'][16] twice

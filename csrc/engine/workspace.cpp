@@ -127,7 +127,7 @@ Workspace::Workspace(const Config& config, const Weights& weights, const Kernels
     max_blocks = std::max(max_blocks, blocks_of(C));
   }
   flat = arena.take(flat_bytes / sizeof(float));
-  gather_queries = arena.take(size_t(C) * MAX_TOKENS);
+  bridge_queries = arena.take(size_t(C) * MAX_TOKENS);
   image_half = (width / 2 + 2 + BLOCK) / BLOCK * BLOCK;
   in_order.resize(std::max(2 * D, max_blocks * BLOCK));
   std::iota(in_order.begin(), in_order.end(), 0);

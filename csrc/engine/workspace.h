@@ -87,14 +87,15 @@ struct Workspace {
   Arena arena;
   Map stem;
   std::vector<BlockSpace> blocks;
-  std::vector<std::vector<BlockResult>> results;  // [images][blocks]; the same for all where they are not together
-  float* flat;                                    // any depthwise output: float or bfloat16
+  // [images][blocks]; shared by all images where the next block takes one after the other
+  std::vector<std::vector<BlockResult>> results;
+  float* flat;  // any depthwise output: float or bfloat16
   std::vector<Scratch> scratch;
   Span spans[MAX_SPANS];
 
   // [images][M] tokens: rows of D, and of what the linear layers make of them
   float *tokens, *query_gate, *gathered, *row, *wide, *slopes[2], *reduced, *key_value;
-  float* gather_queries;  // of the last bridge, [C][8]
+  float* bridge_queries;  // of the last bridge, [C][8]
   std::vector<int32_t> in_order;
   ptrdiff_t image_half = 0;  // floats of half an image row, with what a vector reads beyond
   float* scores = nullptr;   // spatial: [positions][16]
