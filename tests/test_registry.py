@@ -11,7 +11,7 @@ import torch
 from kernel_support import OPS, SMALL, native, runnable
 
 import mf_kernels
-from mf_kernels import KernelFallbackWarning, _native, record_kernels, reference, testing, use_backend
+from mf_kernels import KernelFallbackWarning, _native, _registry, record_kernels, reference, testing, use_backend
 
 
 def call(op: str, dtype: torch.dtype = torch.float32, **replaced: object) -> torch.Tensor:
@@ -90,6 +90,15 @@ def test_an_explicit_backend_that_cannot_serve_says_why(backend: str, replaced: 
     asked = f"mobile_to_former: backend '{backend}' was asked for and cannot serve this call: "
     with use_backend(backend), pytest.raises(RuntimeError, match=f"{asked}({reason})"):
         call("mobile_to_former", **replaced)
+
+
+def test_an_operator_that_a_library_has_no_kernel_of_is_missing_there() -> None:
+    """Nothing but its equation and its schema was written yet, or the library is from before it."""
+    assert _native.missing("dynamic_relu", "cpu") is None
+    assert _native.missing("token_side", "cpu") is None
+    assert _native.missing("not_written_yet", "cpu") == "_cpu.so has no kernel of it"
+    told = _registry.why_not("token_side", "triton", "cpu", torch.float32)
+    assert told in ("no Triton kernels of it", "triton is not installed")
 
 
 @pytest.mark.parametrize("op", OPS)

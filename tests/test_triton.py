@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_support import OPS, python
+from kernel_support import OPS, TRITON_OPS, python
 
 import mf_kernels
 from mf_kernels import _preference, _registry, _triton
@@ -163,7 +163,7 @@ def test_a_kernel_that_does_not_compile_falls_back_once_or_raises(monkeypatch: p
 
 
 @pytest.mark.usefixtures("unresolved")
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", TRITON_OPS)
 def test_on_a_card_auto_takes_triton(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny compilation is real, but for the card that it is for."""
     compiled = []
