@@ -8,22 +8,19 @@ names the one that the process died of. Prints the numbers of served and refused
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
-import mmap
 import random
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import memory_support
 import torch
 from torch import Tensor
 
 import mf_kernels  # noqa: F401 declares the operators
 from mf_kernels import _native
 
-LIBC = ctypes.CDLL(None)
-PAGE = mmap.PAGESIZE
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.bool, torch.complex64)
 SIDES = (0, 1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 2**31, 2**40)
 WHOLE = (0, -1, -2, 1, 2, 3, 4, 5, 8, 2**31, 2**62, 2**63 - 1, -(2**63))
@@ -36,14 +33,9 @@ def guarded(rng: random.Random, t: Tensor) -> Tensor:
     used = t.numel() * t.element_size()
     if used == 0 or not (t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))):
         return t
-    pages = -(-used // PAGE)
-    memory = mmap.mmap(-1, (pages + 2) * PAGE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for guard in (address, address + (pages + 1) * PAGE):
-        assert LIBC.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(PAGE), 0) == 0
-    offset = (pages + 1) * PAGE - used if rng.random() < 0.7 else PAGE
     if t.dtype == torch.bool:
         return t
+    memory, offset = memory_support.guarded(used, at_end=rng.random() < 0.7)
     flat = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=offset)
     return flat.as_strided(t.shape, t.stride()).copy_(t)
 

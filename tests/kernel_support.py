@@ -43,7 +43,8 @@ def interpreter(*command: str, package: Path | None = None, **environment: str) 
     return subprocess.run(
         [sys.executable, *command],
         cwd=where,
-        env={**inherited, "PYTHONPATH": str(where), **environment},
+        # The tests' folder for memory_support, which has nothing of the package
+        env={**inherited, "PYTHONPATH": os.pathsep.join([str(where), str(Path(__file__).parent)]), **environment},
         capture_output=True,
         text=True,
     )

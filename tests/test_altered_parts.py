@@ -240,16 +240,14 @@ def step(model: Model, x: Tensor) -> list[Tensor | None]:
 @pytest.mark.parametrize(("variant", "path", "way"), CASES)
 def test_an_altered_part_is_called(variant: str, path: str, way: Alteration) -> None:
     x = recipe_image(2, SIZE, SIZE, seed=4, dtype=torch.float64)
-    expected = outcome(lambda: altered(variant, False, path, way)(x).detach())
-    fused = altered(variant, True, path, way)
+    plain, fused = (altered(variant, use_fused, path, way) for use_fused in (False, True))
+    expected = outcome(lambda: plain(x).detach())
     with torch.no_grad():
         same(outcome(lambda: fused(x)), expected)
     if way is in_training or isinstance(expected, str):  # a copy for inference evaluates all of it, in one dtype
         return
-    inference = outcome(lambda: altered(variant, True, path, way).to_inference(torch.float64)(x))
-    same(inference, expected)
-    plain = outcome(lambda: altered(variant, False, path, way).to_inference(torch.float64)(x))
-    same(plain, expected)
+    same(outcome(lambda: fused.to_inference(torch.float64)(x)), expected)
+    same(outcome(lambda: plain.to_inference(torch.float64)(x)), expected)
 
 
 @pytest.mark.parametrize(("variant", "path", "way"), CASES[::4])

@@ -306,11 +306,22 @@ def test_tests_that_take_too_long_leave_those_that_were_done(
 
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_gpu.py").write_text(
-        "import time, pytest\npytestmark = pytest.mark.gpu\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n"
+        "import pathlib, time, pytest\npytestmark = pytest.mark.gpu\ndef test_quick(): pass\n"
+        f"def test_slow():\n    pathlib.Path({str(tmp_path / 'began')!r}).touch()\n    time.sleep(60)\n"
     )
+    began, finish = tmp_path / "began", check.finish
+
+    def once_it_is_slow(process: subprocess.Popen[str], seconds: float) -> tuple[int | None, str]:
+        """However long pytest takes to start: the time is over when the second test has begun."""
+        waits_until = time.monotonic() + 120
+        while not began.exists() and process.poll() is None and time.monotonic() < waits_until:
+            time.sleep(0.05)
+        return finish(process, 0.1)
+
+    monkeypatch.setattr(check, "finish", once_it_is_slow)
     monkeypatch.setattr(check, "ROOT", tmp_path)
     section = gpu.Section("check", tmp_path)
-    check.tests(section, 25.0, True, "gpu")  # enough to start, also where others are at work
+    check.tests(section, 25.0, True, "gpu")
     assert [row["label"] for row in section.rows] == ["test_quick"]
     assert "pytest was stopped after 25 s" in section.left_out["tests"]
 
