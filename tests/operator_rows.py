@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mf_kernels._cases import _depthwise_conv2d as depthwise
+from mf_kernels._cases import _dynamic_relu as dynamic_relu
+from mf_kernels._cases import _former_to_mobile as former_to_mobile
+from mf_kernels._cases import _mobile_to_former as mobile_to_former
 from mf_kernels.testing import CASES, SMALL, Case
-from mf_kernels.testing import _depthwise_conv2d as depthwise
-from mf_kernels.testing import _dynamic_relu as dynamic_relu
-from mf_kernels.testing import _former_to_mobile as former_to_mobile
-from mf_kernels.testing import _mobile_to_former as mobile_to_former
 
 LAYERS = tuple(case for case in CASES if case.layer_of)
 BRANCHES = tuple(case for case in CASES if not case.layer_of)
