@@ -257,8 +257,6 @@ def test_the_run_and_the_command_count_the_same(tmp_path: Path, monkeypatch: pyt
     trained = run_json(*arguments, "--set", "randaugment=")
     weights = tmp_path / "run" / "last.safetensors"
     report = run_json("evaluate", tmp_path / "data", "--weights", weights, "--path", "fused")
-        "evaluate", tmp_path / "data", "--weights", tmp_path / "run" / "last.safetensors", "--path", "fused"
-    )
     assert trained["top1"] == report["results"][0]["top1_percent"] == pytest.approx(100 * 5 / 11)
     assert trained["validation"] == str(tmp_path / "data" / "val")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["validation"] == trained["validation"]
