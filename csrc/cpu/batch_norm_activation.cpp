@@ -12,11 +12,11 @@
 
 #ifdef MF_ISA
 
-#include "common/vector.h"
-#include "cpu/activation.h"
-#include "cpu/batch_norm.h"
-#include "cpu/batch_norm_columns.h"
-#include "cpu/batch_norm_planes.h"
+#include "common/vector.isa.h"
+#include "cpu/activation.isa.h"
+#include "cpu/batch_norm.isa.h"
+#include "cpu/batch_norm_columns.isa.h"
+#include "cpu/batch_norm_planes.isa.h"
 
 #else
 

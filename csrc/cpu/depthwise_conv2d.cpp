@@ -11,11 +11,11 @@
 
 #ifdef MF_ISA
 
-#include "common/vector.h"
-#include "cpu/activation.h"
-#include "cpu/depthwise_filters.h"
-#include "cpu/depthwise_rows.h"
-#include "cpu/depthwise_products.h"
+#include "common/vector.isa.h"
+#include "cpu/activation.isa.h"
+#include "cpu/depthwise_filters.isa.h"
+#include "cpu/depthwise_rows.isa.h"
+#include "cpu/depthwise_products.isa.h"
 
 namespace mf::MF_ISA {
 

@@ -9,7 +9,7 @@
 
 #ifdef MF_ISA
 
-#include "common/vector.h"
+#include "common/vector.isa.h"
 
 namespace mf::MF_ISA {
 

@@ -9,10 +9,10 @@
 
 #ifdef MF_ISA
 
-#include "common/vector.h"
-#include "common/tokens.h"
-#include "cpu/tile.h"
-#include "cpu/token_products.h"
+#include "common/vector.isa.h"
+#include "common/tokens.isa.h"
+#include "cpu/tile.isa.h"
+#include "cpu/token_products.isa.h"
 
 namespace mf::MF_ISA {
 

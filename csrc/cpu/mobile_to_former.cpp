@@ -11,11 +11,11 @@
 
 #ifdef MF_ISA
 
-#include "common/vector.h"
-#include "common/tokens.h"
-#include "cpu/tile.h"
-#include "cpu/token_products.h"
-#include "cpu/mobile_to_former_few.h"
+#include "common/vector.isa.h"
+#include "common/tokens.isa.h"
+#include "cpu/tile.isa.h"
+#include "cpu/token_products.isa.h"
+#include "cpu/mobile_to_former_few.isa.h"
 
 namespace mf::MF_ISA {
 

@@ -11,9 +11,9 @@
 
 #ifdef MF_ISA
 
-#include "common/vector.h"
-#include "common/tokens.h"
-#include "cpu/token_products.h"
+#include "common/vector.isa.h"
+#include "common/tokens.isa.h"
+#include "cpu/token_products.isa.h"
 
 namespace mf::MF_ISA {
 

@@ -6,11 +6,11 @@
 
 #ifdef MF_ISA
 
-#include "common/vector.h"
+#include "common/vector.isa.h"
 
-#include "common/tokens.h"
+#include "common/tokens.isa.h"
 
-#include "engine/vector.h"
+#include "engine/vector.isa.h"
 
 #include "engine/tiles.isa.h"
 
@@ -18,7 +18,7 @@
 
 #include "engine/depthwise.isa.h"
 
-#include "engine/scores.h"
+#include "engine/scores.isa.h"
 
 #include "engine/attention.isa.h"
 

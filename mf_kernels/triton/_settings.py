@@ -122,8 +122,10 @@ def attention(
     aligned = E * dtype.itemsize % 16 == 0
     elements = 2048 if backward or dtype == torch.float32 or not aligned else 4096
     block_l = max(16, min(128, elements // block_e, power_of_two(L)))
+    if backward and dtype == torch.float32 and chunks > 2:
+        block_l = 16  # wider tiles spill
     programs = B * num_heads * chunks
-    block_l = fill(block_l, 32, L, programs, multiprocessors(capability))
+    block_l = fill(block_l, min(block_l, 32), L, programs, multiprocessors(capability))
     all_tiles = ceil_div(L, block_l)
     splits = splits_of(all_tiles, programs, 4 * multiprocessors(capability), 128)
     num_warps = 4 if block_l * block_e >= 1024 else 2

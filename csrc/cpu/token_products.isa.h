@@ -1,5 +1,5 @@
 // The three products between M token rows and a tile of positions, of which both attentions and their gradients are
-// made. Included once per instruction set, after common/tokens.h.
+// made. Included once per instruction set, after common/tokens.isa.h.
 //
 // Legend: M tokens (compile time, 1 to 8), E head width, P positions (a multiple of the lanes), tiles [E][P].
 

@@ -1,9 +1,9 @@
 // One vector of floats of the instruction set that is being compiled, and maps of bfloat16. No include guard: once per
-// set, in its namespace, after common/vector.h.
+// set, in its namespace, after common/vector.isa.h.
 
 namespace mf::engine::MF_ISA {
 
-using namespace mf::MF_ISA;  // common/vector.h of this set
+using namespace mf::MF_ISA;  // common/vector.isa.h of this set
 
 constexpr int LANES = mf::MF_ISA::LANES<float>;
 constexpr int PER_BLOCK = BLOCK / LANES;  // vectors of a block

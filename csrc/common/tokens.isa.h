@@ -1,5 +1,5 @@
 // Mathematics of a few rows of tokens: their number as a constant, LayerNorm, attention among themselves. No include
-// guard: once per instruction set, after common/vector.h.
+// guard: once per instruction set, after common/vector.isa.h.
 
 namespace mf::MF_ISA {
 
