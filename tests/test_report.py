@@ -132,6 +132,11 @@ def test_report_writes_the_page_and_its_charts(report: ModuleType, tmp_path: Pat
     ]
 
 
+def test_the_page_of_costs_is_what_its_files_say() -> None:
+    costs = importlib.import_module("costs")
+    assert costs.PAGE.read_text() == costs.page(sorted(costs.RESULTS.glob("*-costs.json")))
+
+
 def test_committed_page_is_what_the_committed_results_render_to(report: ModuleType) -> None:
     files = sorted(p for p in report.RESULTS.glob(report.TIMES) if not p.stem.endswith("-resources"))
     assert report.PAGE.exists() == bool(files)
