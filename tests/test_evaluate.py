@@ -20,6 +20,7 @@ from mobileformer.evaluation.accuracy import Score, Tally, evaluate
 from mobileformer.evaluation.classes import EvaluationError, order_of_classes
 from mobileformer.inference import library
 from mobileformer.measure.difference import lively_weights_
+from mobileformer.prediction import Predictor
 
 CLASSES = sorted(name.replace("[old]", "old") for name in NAMES)
 IMAGES_OF_CLASS = 4
@@ -283,6 +284,18 @@ def test_bfloat16_is_close(folder: Path, weights: str) -> None:
     if weights.startswith("ours"):
         for path in ("plain", "fused"):
             assert "is for the inference engine, or fused on a GPU" in refusal(*arguments, "--path", path)
+
+
+@pytest.mark.parametrize("path", ["engine", "fused"])
+def test_the_engine_gets_bytes_and_pytorch_normalised_numbers(
+    folder: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, logits = [], Predictor.logits
+    monkeypatch.setattr(
+        Predictor, "logits", lambda self, x: seen.append((x.dtype, x.shape.index(3))) or logits(self, x)
+    )
+    evaluated(folder, "ours.safetensors", "--batch", 16, "--path", path)
+    assert set(seen) == {{"engine": (np.dtype(np.uint8), 3), "fused": (np.dtype(np.float32), 1)}[path]}
 
 
 def test_compare_says_whether_the_paths_agree(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,8 +35,10 @@ from mobileformer.cli.weights import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mobileformer.data.batch import Transform
+    from mobileformer.data.transforms import ImageTransform
     from mobileformer.evaluation.accuracy import Report, Score
-    from mobileformer.prediction import Predictor
+    from mobileformer.prediction import InputView, Predictor
 
 __all__ = ["evaluate"]
 
@@ -121,7 +123,7 @@ def _run(
 ) -> dict[str, Any]:  # fmt: skip
     import torch
 
-    from mobileformer.data import DataError, EvaluationTransform, evaluation_batches, open_source
+    from mobileformer.data import DataError, evaluation_batches, open_source
     from mobileformer.data.base import place
     from mobileformer.evaluation.accuracy import evaluate as run
     from mobileformer.evaluation.classes import EvaluationError, order_of_classes
@@ -133,8 +135,7 @@ def _run(
         source = open_source(data, split, channels=metadata.in_chans, partial=True)
         present = getattr(source, "present", None)
         order = order_of_classes(source.classes, names, metadata.num_classes, present=present)
-        transform = EvaluationTransform(view.size, view.mean, view.std, crop_fraction=view.crop_fraction)
-        loaded = evaluation_batches(source, transform, batch_size=batch, workers=workers)
+        loaded = evaluation_batches(source, _transform(predictors, view), batch_size=batch, workers=workers)
         start = time.perf_counter()
         report = run(
             {name: _on_tensors(predictor) for name, predictor in predictors.items()},
@@ -181,6 +182,16 @@ def _predictors(weights: Path, paths: tuple[str | None, ...], precision: str, **
         network = predictor.network
         found[network.path + ("-bf16" if network.precision == "bfloat16" else "")] = predictor
     return found
+
+
+def _transform(predictors: dict[str, Predictor], view: InputView) -> Transform | ImageTransform:
+    """Bytes where every network takes them; where one is PyTorch's, normalising would be part of its time."""
+    from mobileformer.data import EvaluationTransform
+    from mobileformer.prediction.samples import LabelledPixels
+
+    if all(predictor.network.path == "engine" for predictor in predictors.values()):
+        return LabelledPixels(view)
+    return EvaluationTransform(view.size, view.mean, view.std, crop_fraction=view.crop_fraction)
 
 
 def _on_tensors(predictor: Predictor) -> Callable[[Tensor], Tensor]:
