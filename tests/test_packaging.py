@@ -147,7 +147,7 @@ def source(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One instruction set, hardly optimised: that all of it compiles is shown by the libraries that are tested in place."""
+    """One instruction set, hardly optimised: the libraries that are tested in place have all of them."""
     return build_wheel(sdist, tmp_path_factory.mktemp("wheel"), MF_KERNELS_CPU="1", MAX_JOBS="2", CXXFLAGS=FLAGS)
 
 
