@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from cli_support import NAMES, run, run_json
+from tiny_support import TINY, add_tiny, make
 
 import mobileformer
 import mobileformer.config
 from mobileformer import VARIANTS, Model
 from mobileformer.cli import export as command
-from mobileformer.config import BlockConfig, VariantConfig
 from mobileformer.export import BOUND, ExportError, Report, check, export_model, job, to_executorch
 from mobileformer.export.plain import ExportNetwork
 from mobileformer.measure.difference import lively_weights_
@@ -27,36 +27,10 @@ from mobileformer.measure.difference import lively_weights_
 # Without the compiled library the model runs on the reference and says so; the numbers are the same.
 pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarning")
 
-# One block of each kind: groups and shuffles, several filters a channel at both strides. Exporters take seconds for it,
-# and up to minutes for the smallest published network.
-TINY = VariantConfig(
-    "tiny",
-    8,
-    (
-        BlockConfig("lite", 8, 2),
-        BlockConfig("down", 16, 3, second_expansion=2, stride=2),
-        BlockConfig("same", 16, 2),
-    ),
-    num_tokens=3,
-    token_dim=16,
-    hidden_features=24,
-    num_parameters=0,
-    published_madds=0,
-    published_top1=0.0,
-    groups=2,
-)
-
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Model:
-    monkeypatch.setattr(mobileformer.config, "VARIANTS", MappingProxyType(VARIANTS | {"tiny": TINY}))
-    return make("tiny")
-
-
-def make(variant: str, **kwargs: Any) -> Model:
-    model = Model(variant, num_classes=7, **kwargs).eval()
-    lively_weights_(model, seed=5)
-    return model
+    return add_tiny(monkeypatch)
 
 
 def needs(*modules: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from golden_support import recipe_image, recipe_model
+from tiny_support import add_tiny, make
 from torch import Tensor, nn
 
 from mobileformer import Model
@@ -25,20 +26,27 @@ def small_image(batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
     return recipe_image(batch, 64, 64, seed=4, dtype=dtype)
 
 
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Model:
+    return add_tiny(monkeypatch).double()
+
+
 @pytest.mark.parametrize(
-    ("use_fused", "spatial"), [(False, False), (True, False), (True, True)], ids=["plain", "fused", "spatial"]
+    ("variant", "use_fused", "spatial"),
+    [("tiny", False, False), ("26m", True, False), ("tiny", True, True)],
+    ids=["plain", "fused", "spatial"],
 )
-def test_compiles_into_one_graph(use_fused: bool, spatial: bool) -> None:
+def test_compiles_into_one_graph(variant: str, use_fused: bool, spatial: bool) -> None:
     torch.compiler.reset()
-    model = recipe_model("26m", use_fused=use_fused, spatial_dynamic_relu=spatial)
+    model = make(variant, use_fused=use_fused, spatial_dynamic_relu=spatial).double()
     x = small_image(dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(predict(compiled, x), predict(model, x), rtol=0, atol=1e-9)
 
 
-def test_compiled_training_step() -> None:
+def test_compiled_training_step(tiny: Model) -> None:
     torch.compiler.reset()
-    model = recipe_model("26m").train()
+    model = tiny.train()
     twin = copy.deepcopy(model)
     x = small_image(4, torch.float64)
     model(x).square().mean().backward()
@@ -49,9 +57,9 @@ def test_compiled_training_step() -> None:
         torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-7, atol=1e-11 * scale, msg=key)
 
 
-def test_compiles_with_any_batch_and_size() -> None:
+def test_compiles_with_any_batch_and_size(tiny: Model) -> None:
     torch.compiler.reset()
-    model = recipe_model("26m")
+    model = tiny
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     predict(compiled, recipe_image(2, 64, 96, seed=1))
     with torch.compiler.set_stance("fail_on_recompile"):
