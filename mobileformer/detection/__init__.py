@@ -1,0 +1,1 @@
+"""Detectors on the backbone: RetinaNet, and an end-to-end one with a Former in its head."""
