@@ -18,6 +18,8 @@ __all__ = [
     "to_corners",
 ]
 
+_BLOCK = 256  # boxes that are compared at once with all that stay: of 10,000 in one class that takes 10 MB a tensor
+
 
 def to_corners(boxes: Tensor) -> Tensor:
     """(..., 4) of (cx, cy, w, h) -> (..., 4) of (x1, y1, x2, y2)."""
@@ -56,10 +58,15 @@ def generalised_intersection_over_union(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    sides = torch.minimum(a[:, None, 2:], b[None, :, 2:]) - torch.maximum(a[:, None, :2], b[None, :, :2])
-    intersection = sides.clamp(min=0).prod(-1)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1) for boxes in (a, b)]
-    return intersection, areas[0][:, None] + areas[1] - intersection
+    # Coordinate by coordinate, each in one piece: over a last axis of 2, every step would be a loop of two.
+    ax1, ay1, ax2, ay2 = a.T.contiguous()[:, :, None]
+    bx1, by1, bx2, by2 = b.T.contiguous()
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    intersection = width * height
+    area_a = (ax2 - ax1).clamp(min=0) * (ay2 - ay1).clamp(min=0)
+    area_b = (bx2 - bx1).clamp(min=0) * (by2 - by1).clamp(min=0)
+    return intersection, area_a + area_b - intersection
 
 
 def non_maximum_suppression(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
@@ -69,30 +76,35 @@ def non_maximum_suppression(boxes: Tensor, scores: Tensor, labels: Tensor, thres
     equal scores the first in order counts as the higher.
     """
     order = scores.argsort(descending=True, stable=True)
-    kept: list[Tensor] = []
-    for label in labels.unique():
-        mine = order[labels[order] == label]
-        kept.append(mine[_stays(boxes[mine], threshold)])
-    if not kept:
-        return order
-    stays = torch.cat(kept)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device)
-    return stays[rank[stays].argsort()]
+    boxes, labels = boxes[order], labels[order]
+    stays = order.new_empty(0)  # in the order of the scores
+    for block in torch.arange(len(order), device=order.device).split(_BLOCK):
+        gone = _suppress(boxes, labels, block, stays, threshold).any(1)
+        block = block[~gone]
+        above = _suppress(boxes, labels, block, block, threshold).tril(-1)  # [i, j]: j comes before i and overlaps it
+        stays = torch.cat([stays, block[_stays(above)]])
+    return order[stays]
 
 
-def _stays(boxes: Tensor, threshold: float) -> Tensor:
-    """Of boxes (N,4) in the order of their scores, whether each stays: (N) bool.
+def _suppress(boxes: Tensor, labels: Tensor, rows: Tensor, columns: Tensor, threshold: float) -> Tensor:
+    """Of every pair of boxes by their positions, whether they are of one class and overlap too much for both to stay.
+
+    (n), (m) -> (n,m) bool.
+    """
+    overlap = intersection_over_union(boxes[rows], boxes[columns]) > threshold
+    return overlap & (labels[rows][:, None] == labels[columns])
+
+
+def _stays(above: Tensor) -> Tensor:
+    """Whether each box stays, of which [i, j] says whether j comes before i and overlaps it: (N,N) bool -> (N) bool.
 
     A pass keeps all that no undecided box before them overlaps, and drops what those overlap: as many passes as the
     longest chain of boxes that suppress one another in turn, which is a handful, not one for each box.
     """
-    above = intersection_over_union(boxes, boxes) > threshold
-    above = above.tril(-1)  # [i, j]: j comes before i and overlaps it
-    undecided = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    undecided = torch.ones(len(above), dtype=torch.bool, device=above.device)
     stays = torch.zeros_like(undecided)
     while bool(undecided.any()):
         first = undecided & ~(above & undecided).any(1)
         stays |= first
-        undecided &= ~first & ~(above[:, first].any(1))
+        undecided &= ~first & ~(above & first).any(1)
     return stays
