@@ -2,7 +2,7 @@
 
 Legend: A anchors, N true boxes of one image. Boxes are corners (x1, y1, x2, y2) in pixels.
 
-The rules are torchvision's, the code is not: that is an extra, it rounds anchors to whole pixels (which one of 16 pixels
+The rules are torchvision's, the code is not: that is an extra, rounds anchors to whole pixels (which one of 16 pixels
 notices), and takes the padded image over the map for the stride (which is off for odd sizes). A test compares them.
 """
 
