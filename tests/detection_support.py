@@ -33,11 +33,9 @@ SMALL = VariantConfig(
 )
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> str:
+def add_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """ "small" is a variant until the test ends."""
     monkeypatch.setattr(mobileformer.config, "VARIANTS", MappingProxyType(VARIANTS | {"small": SMALL}))
-    return "small"
 
 
 def torchvision_ops(*, compiled: bool = False) -> Any:
