@@ -14,10 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mf_kernels import record_kernels
 from mobileformer import Model
+from mobileformer.detection import RawPredictions, RetinaNet
 from mobileformer.detection.anchors import ANCHORS, BACKGROUND, UNDECIDED, anchors_on, decode, encode, match
 from mobileformer.detection.losses import sigmoid_focal_loss
-from mobileformer.detection.raw import RawPredictions
-from mobileformer.detection.retinanet import RetinaNet
 from mobileformer.measure.difference import LOGIT_BOUNDS, difference, lively_weights_
 
 Settings = dict[str, Any]
@@ -136,6 +135,35 @@ def test_fused_predictions_in_float32_are_within_rounding() -> None:
         fused = lively("52m", double=False).predict_raw(image[None].float())
     for actual, truth in zip(fused, exact, strict=True):
         assert difference(actual, truth).relative < LOGIT_BOUNDS["inference"][torch.float32]
+
+
+def with_parameters_of(source: nn.Module, target: nn.Module) -> nn.Module:
+    """Both have them in one order."""
+    with torch.no_grad():
+        for own, given in zip(target.parameters(), source.parameters(), strict=True):
+            own.copy_(given)
+    return target
+
+
+def test_pyramid_and_heads_are_torchvision_s() -> None:
+    """At sizes that are not halves of each other."""
+    ops = torchvision_ops()
+    from torchvision.models.detection.retinanet import RetinaNetHead
+
+    model = lively("small", double=False, head_depth=4)
+    maps = [torch.randn(2, channels, *size) for channels, size in ((12, (25, 13)), (16, (13, 7)), (24, (7, 4)))]
+    levels = model.pyramid(maps)
+    pyramid = ops.FeaturePyramidNetwork([12, 16, 24], 16)
+    lower = nn.ModuleList([model.pyramid.lateral, model.pyramid.output])
+    expected = list(with_parameters_of(lower, pyramid)({str(i): x for i, x in enumerate(maps)}).values())
+    for convolution in model.pyramid.coarser:
+        expected.append(nn.functional.conv2d(expected[-1], convolution.weight, convolution.bias, 2, 1))
+    torch.testing.assert_close(levels, expected)
+    assert [tuple(level.shape[2:]) for level in levels] == [(25, 13), (13, 7), (7, 4), (4, 2), (2, 1)]
+    heads = nn.ModuleList([model.class_head, model.box_head])
+    outputs = with_parameters_of(heads, RetinaNetHead(16, ANCHORS, 5))(levels)
+    torch.testing.assert_close(model.class_head(levels), outputs["cls_logits"])
+    torch.testing.assert_close(model.box_head(levels), outputs["bbox_regression"])
 
 
 # Anchors, matching, displacements, losses
