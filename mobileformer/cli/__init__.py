@@ -14,7 +14,18 @@ import typer
 from typer.core import TyperGroup
 
 from mobileformer import __version__
-from mobileformer.cli import bench, convert, demo, evaluate, export, info, predict, train, visualize
+from mobileformer.cli import (
+    bench,
+    convert,
+    demo,
+    evaluate,
+    export,
+    info,
+    make_detection_data,
+    predict,
+    train,
+    visualize,
+)
 from mobileformer.cli.output import command
 from mobileformer.cli.streams import prepare_streams, write
 
@@ -78,6 +89,7 @@ app.command("bench")(bench.bench)
 app.command("convert")(convert.convert)
 app.command("export")(export.export)
 app.command("demo")(demo.demo)
+app.command("make-detection-data")(make_detection_data.make_detection_data)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mobileformer.data.base import ArraySource, DataError, Source
+from mobileformer.data.coco import CocoSource
 from mobileformer.data.folder import FolderSource
 from mobileformer.data.image import (
     CROP_FRACTION,
@@ -45,6 +46,7 @@ __all__ = [
     "SUFFIXES",
     "ArraySource",
     "Batch",
+    "CocoSource",
     "DataError",
     "EvaluationTransform",
     "FolderSource",

@@ -30,6 +30,8 @@ class Source(Protocol):
     | channels | of every image: 1 (mode "L") or 3 (mode "RGB") |
     | source[index] | (image, label), or for another task than classification (image, whatever its transform takes as |
     | | target); raises `ImageError`, which names the file, where an image is broken |
+    | aspects | a source may have them: width / height of every image; then `training_batches` makes its batches of |
+    | | images that are all upright, or all broad |
     """
 
     @property

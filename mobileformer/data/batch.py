@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mobileformer.data.base import DataError
 from mobileformer.data.image import ImageError
 from mobileformer.data.transforms import ImageTransform
 
@@ -73,6 +74,10 @@ class LabelledImages:
         self, sample: tuple[Image.Image, int], rng: np.random.Generator
     ) -> tuple[npt.NDArray[np.float32], int]:
         image, label = sample
+        if isinstance(label, Mapping):
+            raise DataError(
+                f"the targets of these images are no classes but have {', '.join(label)}: another task's data"
+            )
         return self.image(image, rng), label
 
     def collate(self, samples: Iterable[tuple[npt.NDArray[np.float32], int]], most: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,10 @@ One permutation of the whole set belongs to (seed, epoch). A step, which is one 
 
     permutation[(t * slots + s) * batch_size : (t * slots + s + 1) * batch_size].
 
+Of a source that knows the `aspects` of its images, upright images (width / height below 1) and broad ones fill batches
+of their own, in the order of the permutation: a batch takes its place when its last image does. What is left of both in
+the end, less than a batch of each, is put together, so that there are as many batches as without.
+
 What is left for an incomplete step is not used in that epoch. A process takes the slots rank, rank + world, ... of
 every step, so that two processes see the micro-batches that one with two slots sees. Each random decision about a
 sample comes from `numpy.random.default_rng((seed, epoch, index))`.
@@ -90,6 +94,9 @@ def training_batches(
         return in_processes(stream, None, workers) if workers else iter(stream)
     # The fourth number keeps this generator apart from every sample's.
     order = np.random.default_rng((seed, epoch, 0, 1)).permutation(len(source))
+    aspects = getattr(source, "aspects", None)
+    if aspects is not None:
+        order = _alike(order, np.asarray(aspects) < 1, batch_size)
     micro_batches = order[: steps * slots * batch_size].reshape(steps, slots, batch_size)
     mine = micro_batches[start:, rank::world].reshape(-1, batch_size)
     return _indexed(_Indexed(source, transform, (seed, epoch)), list(mine), workers)
@@ -121,6 +128,16 @@ def evaluation_batches(
     mine = np.arange(samples * rank // world, samples * (rank + 1) // world)
     parts = [mine[begin : begin + batch_size] for begin in range(0, len(mine), batch_size)]
     return _indexed(_Indexed(source, transform, (0, 0)), parts, workers)
+
+
+def _alike(order: npt.NDArray[np.int64], upright: npt.NDArray[np.bool_], batch_size: int) -> npt.NDArray[np.int64]:
+    """The permutation again, moved so that each `batch_size` of it are alike, but for one batch at the end."""
+    groups = [np.flatnonzero(upright[order] == which) for which in (False, True)]  # places in the permutation
+    whole = [len(group) // batch_size * batch_size for group in groups]
+    batches = np.concatenate([group[:end].reshape(-1, batch_size) for group, end in zip(groups, whole, strict=True)])
+    left = np.sort(np.concatenate([group[end:] for group, end in zip(groups, whole, strict=True)]))
+    batches = batches[batches[:, -1].argsort()] if len(batches) else batches
+    return order[np.concatenate([batches.ravel(), left])]
 
 
 class _Indexed(Dataset[Batch]):

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mobileformer.data.base import ArraySource, DataError, Source, Split, check_channels
+from mobileformer.data.coco import CocoSource, find_coco, open_coco
 from mobileformer.data.folder import SPLIT_FOLDERS, FolderSource, find_split, has_class_folders
 from mobileformer.data.idx import find_idx_folder, open_idx
 from mobileformer.data.image import ImageError, with_channels
@@ -23,7 +24,7 @@ from mobileformer.data.shards import ShardSource, find_shards
 
 __all__ = ["AdoptedSource", "adopt_source", "open_source", "some_images"]
 
-OWN = (ArraySource, FolderSource, ShardSource)
+OWN = (ArraySource, CocoSource, FolderSource, ShardSource)
 GREY_MODES = {"1", "L", "LA", "La", "I", "F"}
 
 
@@ -36,6 +37,7 @@ def open_source(
     |---|---|---|
     | folder with `train/` and `val/` | images by class, `FolderSource` | 3 |
     | folder of class folders alone | the same, split by `FolderSource` | 3 |
+    | folder with train.json, train/ and so on, or COCO's own | images with boxes, `CocoSource` | 3 |
     | folder with train-images-idx3-ubyte.gz and so on | IDX files, `open_idx` | 1 |
     | folder with .tar files, or such folders `train/`, `val/` | shards, `ShardSource` | 3 |
     | pattern as "imagenet-{train,val}-{0000..0146}.tar" | shards, `ShardSource` | 3 |
@@ -63,11 +65,14 @@ def open_source(
     if find_idx_folder(path) is not None:
         return open_idx(path, split, channels=channels)
     root = Path(path)
+    if find_coco(root) is not None:
+        return open_coco(root, split, channels=channels)
     if any(find_split(root, which) for which in SPLIT_FOLDERS) or has_class_folders(root):
         return FolderSource(path, split, channels=channels, partial=partial)
     raise DataError(
         f"{name}: no data set that is known: neither train/ and val/ with a folder for each class, nor folders of "
-        "classes alone, nor IDX files (train-images-idx3-ubyte.gz), nor shards (.tar)"
+        "classes alone, nor images with boxes (train.json, train/), nor IDX files (train-images-idx3-ubyte.gz), nor "
+        "shards (.tar)"
     )
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from mobileformer.files.reading import refuse_other_kinds
 
-__all__ = ["replacing", "resting_place"]
+__all__ = ["replacing", "replacing_folder", "resting_place"]
 
 
 def resting_place(path: str | os.PathLike[str]) -> Path:
@@ -62,6 +63,35 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder beside the path; on success it gets that name, on an error it is removed with all in it.
+
+    What has the name already is renamed first and removed last; through a link, the folder that it points to. Whether
+    it may be, the caller has to know. Raises FileNotFoundError where the folder around it does not exist.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: the folder {str(target.parent)!r} does not exist")
+    stem = f".{target.name[:40]}.{secrets.token_hex(6)}"
+    temporary, before = target.with_name(f"{stem}.tmp"), target.with_name(f"{stem}.old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            target.rename(before)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if before.exists():
+                before.rename(target)
+            raise
+        if before.exists():
+            shutil.rmtree(before)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _system_error(error: BaseException) -> int | None:

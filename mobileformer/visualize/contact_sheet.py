@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from mobileformer.files.replacing import replacing
 from mobileformer.visualize.fonts import elided, font_for
 
-__all__ = ["Entry", "draw_contact_sheet"]
+__all__ = ["Entry", "draw_contact_sheet", "write_line"]
 
 _PICTURE, _GAP, _TEXT, _COLUMNS = 168, 16, 52, 6
 _RIGHT, _WRONG, _INK = (22, 122, 54), (190, 32, 32), (60, 60, 60)
@@ -33,20 +33,20 @@ def draw_contact_sheet(entries: list[Entry], title: str, target: Path) -> None:
     head = 56
     sheet = Image.new("RGB", (width, head + rows * (_PICTURE + _TEXT + _GAP)), "white")
     pen = ImageDraw.Draw(sheet)
-    _write(pen, _GAP, 18, title, 20, fill=_INK, room=width - 2 * _GAP)
+    write_line(pen, _GAP, 18, title, 20, fill=_INK, room=width - 2 * _GAP)
     for index, entry in enumerate(entries):
         x = _GAP + (index % _COLUMNS) * (_PICTURE + _GAP)
         y = head + (index // _COLUMNS) * (_PICTURE + _TEXT + _GAP)
         sheet.paste(entry.image.convert("RGB").resize((_PICTURE, _PICTURE), Image.Resampling.NEAREST), (x, y))
         right = entry.guess == entry.truth
         colour, share = _RIGHT if right else _WRONG, f" {100 * entry.probability:.1f} %"
-        _write(pen, x, y + _PICTURE + 6, entry.guess, 15, fill=colour, room=_PICTURE, after=share)
-        _write(pen, x, y + _PICTURE + 27, entry.truth, 15, fill=_INK, room=_PICTURE, before="is: ")
+        write_line(pen, x, y + _PICTURE + 6, entry.guess, 15, fill=colour, room=_PICTURE, after=share)
+        write_line(pen, x, y + _PICTURE + 27, entry.truth, 15, fill=_INK, room=_PICTURE, before="is: ")
     with replacing(target) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
 
 
-def _write(
+def write_line(
     pen: ImageDraw.ImageDraw,
     x: int,
     y: int,
