@@ -115,6 +115,11 @@ class EndToEnd(nn.Module):
             raise ValueError(f"depth: expected {len(stages)} numbers, for strides 32, 16 and 8, got {tuple(depth)}")
         for count in depth:
             check_at_least_one("depth", count)
+        self.arguments = {
+            "num_queries": num_queries, "width": width, "feature_width": channels, "hidden": hidden,
+            "depth": list(depth), "preset": preset, "dropout": dropout, "detections": detections,
+            "local_init": local_init,
+        }  # fmt: skip
         self.num_classes = num_classes
         self.num_queries = num_queries
         self.detections = detections

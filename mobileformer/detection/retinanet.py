@@ -52,7 +52,8 @@ class RetinaNet(nn.Module):
     spatial_dynamic_relu
     ====================  =================================================================================
 
-    `model.backbone` is the Backbone, whose parameters have the names that a classifier's have: its state dict is the
+    `model.arguments` are those that the shape of a state dict or the answers depend on, besides variant, classes,
+    channels and spatial_dynamic_relu, by name. `model.backbone` is the Backbone, whose parameters have the names that a classifier's have: its state dict is the
     beginning of a classifier's.
 
     ==============================  =====================================================================
@@ -123,6 +124,10 @@ class RetinaNet(nn.Module):
             raise ValueError(f"anchor_scale: expected a positive number, got {anchor_scale!r}")
         _check_share("score_threshold", score_threshold)
         _check_share("nms_threshold", nms_threshold)
+        self.arguments = {
+            "width": width, "head_depth": head_depth, "levels": levels, "norm": norm, "anchor_scale": anchor_scale,
+            "score_threshold": score_threshold, "nms_threshold": nms_threshold, "detections": detections,
+        }  # fmt: skip
         self.num_classes = num_classes
         self.anchor_scale = anchor_scale
         self.score_threshold = score_threshold

@@ -32,7 +32,8 @@ class Metadata:
     labels: one name a class. mean, std: one number a channel, of what the input is normalised with (pixels in
     [0, 1]). input_size, crop_fraction: how an image becomes the input that the weights were trained for: short side
     to input_size / crop_fraction pixels, then the square of input_size pixels in the middle. None: not told.
-    task: what the network answers, one of the tasks that can be trained for.
+    task: what the network answers, one of the tasks that can be trained for. arguments: what else the network was
+    built with, as plain values by name; None for a classifier, which has no more.
     """
 
     variant: str
@@ -45,6 +46,7 @@ class Metadata:
     input_size: int | None = None
     crop_fraction: float | None = None
     task: str = DEFAULT_TASK
+    arguments: Mapping[str, Any] | None = None
 
 
 class Network(Protocol):
@@ -69,6 +71,7 @@ def describe(
     input_size: int | None = None,
     crop_fraction: float | None = None,
     task: str = DEFAULT_TASK,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Metadata:
     """What a file made from `network` will say: for 3 channels ImageNet's mean and std where none are given.
 
@@ -89,6 +92,7 @@ def describe(
         input_size=None if input_size is None else operator.index(input_size),
         crop_fraction=None if crop_fraction is None else float(crop_fraction),
         task=task,
+        arguments=None if arguments is None else dict(arguments),
     )
     check(metadata)
     return metadata
@@ -114,6 +118,8 @@ def encode(metadata: Metadata, *, form: str, version: int) -> dict[str, str]:
             header[key] = json.dumps(value)
     if metadata.task != DEFAULT_TASK:  # a file of classification reads as files always have
         header["task"] = metadata.task
+    if metadata.arguments is not None:
+        header["arguments"] = json.dumps(metadata.arguments, ensure_ascii=False, allow_nan=False)
     return header
 
 
@@ -146,6 +152,7 @@ def decode(
             input_size=int(header["input_size"]) if "input_size" in header else None,
             crop_fraction=float(header["crop_fraction"]) if "crop_fraction" in header else None,
             task=task,
+            arguments=_arguments(header),
         )
         if metadata.variant not in VARIANTS:
             raise WeightsError(f"{name}: holds the unknown variant {metadata.variant!r:.60}")
@@ -170,6 +177,15 @@ def _list(header: Mapping[str, str], key: str, kind: type) -> tuple[Any, ...] | 
     if not isinstance(values, list):
         raise TypeError(f"{key}: expected a list, got {type(values).__name__}")
     return tuple(map(kind, values))
+
+
+def _arguments(header: Mapping[str, str]) -> dict[str, Any] | None:
+    if "arguments" not in header:
+        return None
+    found = json.loads(header["arguments"])
+    if not isinstance(found, dict):
+        raise TypeError(f"arguments: expected a table, got {type(found).__name__}")
+    return found
 
 
 def check(metadata: Metadata) -> None:

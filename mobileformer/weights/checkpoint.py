@@ -25,7 +25,7 @@ from mobileformer.files.metadata import WeightsError
 from mobileformer.files.reading import NotRegularError, open_regular
 from mobileformer.weights.nesting import Contents, find_weights
 
-__all__ = ["open_weights", "read_header"]
+__all__ = ["open_weights", "read_header", "read_tensors"]
 
 
 def open_weights(path: str | os.PathLike[str], *, average: bool | None = None) -> Contents:
@@ -38,14 +38,10 @@ def open_weights(path: str | os.PathLike[str], *, average: bool | None = None) -
     """
     path = Path(path)
     if _is_safetensors(path):
-        with _open_safetensors(path) as file:
-            try:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
-                raise WeightsError(f"{path}: holds an array that PyTorch cannot ({_line(error)})") from error
-            found = find_weights(state, name=str(path), average=average)
-            found.header = file.metadata() or {}
-            return found
+        state, header = read_tensors(path)
+        found = find_weights(state, name=str(path), average=average)
+        found.header = header
+        return found
     found = find_weights(_read_torch(path), name=str(path), average=average)
     _check_extents(found.state, str(path))
     return found
@@ -61,6 +57,21 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
         return {}
     with _open_safetensors(path) as file:
         return file.metadata() or {}
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file under its own keys, on the CPU, and its text metadata.
+
+    Raises as `open_weights`, and WeightsError for another kind of file.
+    """
+    path = Path(path)
+    if not _is_safetensors(path):
+        raise WeightsError(f"{path}: expected a safetensors file, got one written by torch.save")
+    with _open_safetensors(path) as file:
+        try:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
+            raise WeightsError(f"{path}: holds an array that PyTorch cannot ({_line(error)})") from error
 
 
 def _is_safetensors(path: Path) -> bool:

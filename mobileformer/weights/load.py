@@ -156,7 +156,7 @@ def save_weights(
         raise ValueError(f"dtype: expected one of {', '.join(map(str, _STORED_DTYPES))}, got {dtype}")
     model = unwrap(model)
     metadata = describe(model, labels=labels, mean=mean, std=std, input_size=input_size, crop_fraction=crop_fraction)
-    state = {key: _stored(key, value, dtype) for key, value in model.state_dict().items()}
+    state = {key: stored(key, value, dtype) for key, value in model.state_dict().items()}
     with replacing(path) as temporary:
         save_file(state, temporary, metadata=encode(metadata, form=FORMAT, version=FORMAT_VERSION))
 
@@ -192,7 +192,7 @@ def save_official_checkpoint(
         torch.save({"state_dict": state, KEY: header}, temporary)
 
 
-def _stored(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+def stored(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A value as the file holds it. Counters of batches keep their own dtype."""
     value = value.detach().cpu().contiguous()
     if dtype is None or not value.is_floating_point():
