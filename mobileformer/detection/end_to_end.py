@@ -61,8 +61,8 @@ class EndToEnd(nn.Module):
     =======================  ===========================================================================================
     call                     result
     =======================  ===========================================================================================
-    training, with targets   {"class", "box", "giou"}: losses, weighted, over all S sets; their sum is to be minimised
-    training, without        `Predictions` of all sets: logits (S,B,Q,K'), boxes (S,B,Q,4)
+    with targets             {"class", "box", "giou"}: losses, weighted, over all S sets; their sum is to be minimised
+    training, without them   `Predictions` of all sets: logits (S,B,Q,K'), boxes (S,B,Q,4)
     evaluation               for each image {"boxes": (n,4) corners in its pixels, cut at its edges, "labels": (n)
                              int64, "scores": (n), falling}, n = min(detections, Q), or min(detections, Q K) with
                              "focal", where one query may answer for several classes
@@ -159,22 +159,16 @@ class EndToEnd(nn.Module):
     def forward(self, images: Images, targets: Sequence[Target] | None = None, sizes: Tensor | None = None) -> Any:
         """Losses, predictions or answers: the class has the table."""
         x, own = as_batch(images, sizes, self.backbone.in_chans)
-        if not self.training:
-            if targets is not None:
-                raise ValueError(
-                    "targets: expected None in evaluation mode, which answers and has no loss, got a value"
-                )
-            answers: list[Any] = [None] * len(own)
-            for places, group in _groups(x, own):
-                for place, answer in zip(places, self._answers(self.predictions(group), own[places[0]]), strict=True):
-                    answers[place] = answer
-            return answers
         if targets is not None:
             check_targets(targets, len(own), self.num_classes)
-        predictions = self.predictions(x, own, every_set=True)
-        if targets is None:
-            return predictions
-        return set_loss(*predictions, targets, torch.tensor(own), self._preset)
+            return set_loss(*self.predictions(x, own, every_set=True), targets, torch.tensor(own), self._preset)
+        if self.training:
+            return self.predictions(x, own, every_set=True)
+        answers: list[Any] = [None] * len(own)
+        for places, group in _groups(x, own):
+            for place, answer in zip(places, self._answers(self.predictions(group), own[places[0]]), strict=True):
+                answers[place] = answer
+        return answers
 
     def predictions(
         self, x: Tensor, sizes: Sequence[tuple[int, int]] | None = None, *, every_set: bool = False

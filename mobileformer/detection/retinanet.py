@@ -52,9 +52,9 @@ class RetinaNet(nn.Module):
     spatial_dynamic_relu
     ====================  =================================================================================
 
-    `model.arguments` are those that the shape of a state dict or the answers depend on, besides variant, classes,
-    channels and spatial_dynamic_relu, by name. `model.backbone` is the Backbone, whose parameters have the names that a classifier's have: its state dict is the
-    beginning of a classifier's.
+    `model.backbone` is the Backbone, whose parameters have the names that a classifier's have: its state dict is the
+    beginning of a classifier's. `model.arguments` has what the file of its weights tells besides variant, classes,
+    channels and `spatial_dynamic_relu`.
 
     ==============================  =====================================================================
     call                            gives

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["NAMES", "of"]
 
-_HOME = {"classification": ("mobileformer.tasks.classification", "Classification")}
+_HOME = {
+    "classification": ("mobileformer.tasks.classification", "Classification"),
+    "detection": ("mobileformer.tasks.detection", "Detection"),
+}
 NAMES = tuple(_HOME)
 
 

@@ -98,6 +98,10 @@ class Classification:
         self.model, self.recipe = _make_model(training, recipe, weights, use_fused=use_fused)
         self.mean, self.std = normalisation(self.recipe, training)
 
+    def rate_share(self, name: str) -> float:
+        """All parameters have the recipe's rate."""
+        return 1.0
+
     def train_mode(self) -> None:
         """The network in training mode; with frozen features the classifier alone."""
         self.model.train()

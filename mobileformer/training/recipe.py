@@ -53,6 +53,7 @@ class Recipe:
     schedule                "epoch": the rate changes between epochs, as published; "step": with every update
     global_batch            images of one update of the weights, over all processes
     micro_batch             images of one forward pass in one process, and so of one BatchNorm
+    drops                   epochs at which the rate becomes a tenth; where there are none, it follows a cosine
     learning_rate ..        AdamW; the decay skips tensors of one dimension and names that end in ".bias"
     clip_norm               the gradient's largest 2-norm; 0 is no clipping
     drop_path               stochastic depth
@@ -78,6 +79,7 @@ class Recipe:
     warmup_epochs: int = 3
     cooldown_epochs: int = 10
     schedule: Literal["epoch", "step"] = "epoch"
+    drops: list[int] = field(default_factory=list)
     global_batch: int = 1024
     micro_batch: int = 128
     learning_rate: float = 1e-3
@@ -107,6 +109,7 @@ class Recipe:
         "epochs": (1, _COUNT),
         "warmup_epochs": (0, _COUNT),
         "cooldown_epochs": (0, _COUNT),
+        "drops": (0, _COUNT),
         "global_batch": (1, _COUNT),
         "micro_batch": (1, _COUNT),
         "learning_rate": (0, _RATE),

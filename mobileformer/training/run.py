@@ -87,7 +87,7 @@ class _Run:
         self.model, self.recipe = self.task.model, self.task.recipe
         self.steps = steps_per_epoch(training, batch_size=recipe.micro_batch, slots=recipe.slots)
         self.model.to(world.device)
-        self.optimizer = make_optimizer(self.model, self.recipe)
+        self.optimizer = make_optimizer(self.model, self.recipe, self.task.rate_share)
         self.average = Average(self.model, recipe.average_decay) if recipe.average_decay else None
         self.progress = Progress()
         self.before: Literal["keep", "damaged", "other"] = "other"  # of the checkpoint that the next one replaces

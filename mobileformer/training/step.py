@@ -82,7 +82,7 @@ class Update:
             where = "" if bad is None else f", in the batch of images {bad.index.tolist()}"
             raise TrainingError(f"update {update}: {what}{where}")
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
         self.optimizer.step()
         means = {name: part / count for name, part in zip(part_sums, sums, strict=True)}
         return Outcome(total / count, int(count), int(all_broken), norm, stops > 0, means)
@@ -110,6 +110,6 @@ class Update:
             return torch.stack(list(loss.values())).sum(), loss
         return loss, {}
 
-    def _forward(self, x: Tensor) -> Any:
+    def _forward(self, *given: Any) -> Any:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            return self.runner(x)
+            return self.runner(*given)

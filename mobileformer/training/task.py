@@ -23,7 +23,7 @@ from mobileformer.training.world import World
 
 __all__ = ["Figure", "Forward", "Task"]
 
-Forward = Callable[[Tensor], Any]
+Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,10 @@ class Task(Protocol):
     @property
     def recipe(self) -> Recipe: ...
 
+    def rate_share(self, name: str) -> float:
+        """The learning rate of the parameter called `name`, as a share of the recipe's."""
+        ...
+
     def train_mode(self) -> None:
         """Put the network into training mode, but for what the recipe freezes."""
         ...
@@ -97,8 +101,8 @@ class Task(Protocol):
     ) -> Tensor | Mapping[str, Tensor]:
         """The mean loss of a batch, a scalar with a gradient; or its parts by name, the same at each call.
 
-        forward: the network, in the recipe's precision and on all processes, called once; x goes to `device` first, as
-        batch.x is on the CPU. rng: all that is random besides dropout comes from it.
+        forward: the network, in the recipe's precision and on all processes, called once; what it is given goes to
+        `device` first, as batch.x is on the CPU. rng: all that is random besides dropout comes from it.
         """
         ...
 
