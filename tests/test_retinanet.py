@@ -429,7 +429,7 @@ BOX, LABEL = torch.tensor([[1.0, 2, 30, 40]]), torch.tensor([2])
         ((IMAGE[None], None, torch.tensor([64, 64])), ValueError, r"sizes: expected shape \(1, 2\), got \(2,\)"),
         ((IMAGE[None], None, [[64, 64]]), TypeError, "sizes: expected an int64 tensor, got a list of 1"),
         ((IMAGE[None], None, torch.tensor([[64, 65]])), ValueError, r"sizes\[0\]: expected 32 to 64 rows and 32 to 64"),
-        ((IMAGE[None] * math.nan,), ValueError, "images: expected what gives finite scores, got NaN"),
+        ((IMAGE[None] * math.nan,), ValueError, "images: expected what gives finite scores and boxes, got NaN"),
         (([IMAGE], []), ValueError, "targets: expected a list of 1, one for each image, got a list of 0"),
         (([IMAGE], {"boxes": BOX}), ValueError, "targets: expected a list of 1, one for each image, got dict"),
         (
@@ -459,7 +459,7 @@ BOX, LABEL = torch.tensor([[1.0, 2, 30, 40]]), torch.tensor([2])
         (([IMAGE], [{"boxes": BOX.flip(1), "labels": LABEL}]), ValueError, r"with x1 < x2 and y1 < y2, got \[40.0, 30"),
         (([IMAGE], [{"boxes": BOX * math.nan, "labels": LABEL}]), ValueError, r"expected finite \(x1, y1, x2, y2\)"),
         (
-            ([IMAGE], [{"boxes": BOX * math.inf, "labels": LABEL}]),
+            ([IMAGE], [{"boxes": BOX + torch.tensor([0, 0, math.inf, 0]), "labels": LABEL}]),
             ValueError,
             r"\[0\]\['boxes'\]\[0\]: expected finite",
         ),
@@ -476,6 +476,13 @@ def test_the_wrong_box_is_told_by_image_and_place() -> None:
     targets[3]["boxes"][1, 2] = 0
     with pytest.raises(ValueError, match=r"targets\[3\]\['boxes'\]\[1\]: expected finite"):
         lively("small", double=False)([IMAGE] * 4, targets)
+
+
+def test_boxes_that_are_no_numbers_are_not_left_out_in_silence() -> None:
+    model = lively("small", double=False)
+    model.box_head.predict.bias.data.fill_(math.nan)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="images: expected what gives finite scores and boxes, got NaN"):
+        model([IMAGE])
 
 
 # Other runtimes

@@ -87,7 +87,7 @@ class RetinaNet(nn.Module):
     score is 0.01; pyramid and backbone have their own.
 
     Raises ValueError or TypeError, in one line, for arguments out of range and for images or targets that do not fit;
-    ValueError where scores are not finite (an image, or a weight, was not).
+    ValueError where scores or boxes are not finite (an image, or a weight, was not).
     Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017; details as in torchvision's.
     """
 
@@ -243,10 +243,13 @@ class RetinaNet(nn.Module):
             places.append(place[best] + first)
             first += len(level) * self.num_classes
         score, place = torch.cat(scores), torch.cat(places)
-        if not bool(score.isfinite().all()):
-            raise ValueError("images: expected what gives finite scores, got NaN from an image or weight that is not")
         anchor, label = place // self.num_classes, place % self.num_classes
-        boxes = clip(decode(displacements[anchor], anchors[anchor]), height, width)
+        boxes = decode(displacements[anchor], anchors[anchor])
+        if not bool((score.isfinite() & boxes.isfinite().all(1)).all()):
+            raise ValueError(
+                "images: expected what gives finite scores and boxes, got NaN: an image or a weight is not"
+            )
+        boxes = clip(boxes, height, width)
         full = (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes, score, label = boxes[full], score[full], label[full]
         stays = non_maximum_suppression(boxes, score, label, self.nms_threshold)[: self.detections]
