@@ -19,7 +19,7 @@ from data_support import Numbers, annotation, coco_document, coco_image, picture
 from mobileformer.data import CocoSource, DataError, FolderSource, ImageError, TrainTransform, open_source
 from mobileformer.data.annotations import KEPT, MAX_BYTES, SHOWN, read_annotations
 from mobileformer.data.coco import find_coco
-from mobileformer.data.loading import evaluation_batches, training_batches
+from mobileformer.data.loading import _alike, evaluation_batches, training_batches
 
 IMAGES = [coco_image(50), coco_image(9, 20, 40), coco_image(70)]
 GOOD = [
@@ -319,3 +319,10 @@ def test_a_rare_shape_shares_the_last_batch() -> None:
     batches = indices(Shaped(aspects), slots=1)
     assert len(batches) == 4
     assert {3, 5} <= set(batches[-1])
+
+
+def test_what_is_left_of_both_shapes_stays_in_order() -> None:
+    upright = np.isin(np.arange(7), (0, 3))
+    order = np.array([4, 0, 2, 1, 3, 5, 6])
+    assert _alike(order, upright, 3).tolist() == [4, 2, 1, 0, 3, 5, 6]
+    assert _alike(order, upright, 2).tolist() == [4, 2, 0, 3, 1, 5, 6]

@@ -2,7 +2,8 @@
 
 A file is an object with the lists `images` (id, file_name, width, height), `categories` (id, name) and `annotations`
 (image_id, category_id, bbox = [left, top, width, height] in pixels; iscrowd and area where they are given). All else in
-it, outlines of objects above all, is dropped while it is read: of COCO's 860 000 annotations 40 MB remain.
+it, outlines of objects above all, is dropped while it is read: of COCO's 860 000 annotations of 118 000 images 30 MB
+remain.
 
 Source: T.-Y. Lin et al., "Microsoft COCO: Common Objects in Context", and the format's page at cocodataset.org.
 """
