@@ -37,13 +37,25 @@ def train(
         str,
         typer.Argument(
             metavar="DATA",
-            help="Image folder (train/ and val/ by class, or class folders alone), IDX files, or webdataset shards.",
+            help="Image folder (train/ and val/ by class, or class folders alone), IDX files, webdataset shards, or "
+            "images with boxes in COCO's format.",
         ),
     ],
-    recipe: Annotated[
-        str, typer.Option(metavar="NAME", help="A shipped recipe (26m ... 508m, fashion-mnist, finetune), or a .toml.")
-    ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the run's files go, and where it goes on from.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A shipped recipe (26m ... 508m, fashion-mnist, finetune, retinanet-tiny, ...), or a .toml.",
+            show_default="the detector's for COCO",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The task that the recipe has to be of.", show_default="any")
+    ] = None,
+    detector: Annotated[
+        str | None, typer.Option(metavar="NAME", help="retinanet or end-to-end: as --set detector=NAME.")
+    ] = None,
     values: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the recipe; may be repeated."),
@@ -79,8 +91,13 @@ def train(
     """
     with command(as_json):
         device = check_device(device)
+        if recipe is None:
+            if detector is None:
+                raise typer.BadParameter("expected the name of a recipe", param_hint="--recipe")
+            recipe = f"{detector}-coco"
+        values = [*(values or []), *([] if detector is None else [f"detector={detector}"])]
         result = _train(
-            data, recipe, output, values or [], weights, device, fused=fused, workers=workers, threads=threads,
+            data, recipe, task, output, values, weights, device, fused=fused, workers=workers, threads=threads,
             save_minutes=save_minutes, max_broken=max_broken, fresh=fresh, extend=extend,
         )  # fmt: skip
         if result is None:
@@ -94,8 +111,8 @@ def train(
 
 
 def _train(
-    data: str, name: str, output: Path, values: list[str], weights: Path | None, device: str, *, fused: bool,
-    workers: int, threads: int | None, save_minutes: float, max_broken: int, fresh: bool,
+    data: str, name: str, task: str | None, output: Path, values: list[str], weights: Path | None, device: str, *,
+    fused: bool, workers: int, threads: int | None, save_minutes: float, max_broken: int, fresh: bool,
     extend: bool,
 ) -> dict[str, Any] | None:  # fmt: skip
     """The result, or None in any process but the first."""
@@ -109,6 +126,8 @@ def _train(
         torch.set_num_threads(threads)
     try:
         recipe = read_recipe(name, values)
+        if task not in (None, recipe.task):
+            raise CommandError(f"--task {task}: the recipe {name} is for {recipe.task}")
         channels = len(recipe.mean) or None
         training = open_source(data, "train", channels=channels)
         validation = open_source(data, "val", channels=channels)

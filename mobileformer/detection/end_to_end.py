@@ -152,6 +152,16 @@ class EndToEnd(nn.Module):
         return self.backbone.variant
 
     @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.backbone.in_chans
+
+    @property
+    def spatial_dynamic_relu(self) -> bool:
+        """Whether the backbone's dynamic ReLU has slopes for every position."""
+        return self.backbone.spatial_dynamic_relu
+
+    @property
     def use_fused(self) -> bool:
         """Whether the model was built on fused operators. Fixed: build another model to change it."""
         return self.backbone.use_fused
