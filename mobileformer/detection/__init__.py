@@ -1,1 +1,5 @@
 """Detectors on the backbone: RetinaNet, and an end-to-end one with a Former in its head."""
+
+from mobileformer.detection.end_to_end import EndToEnd
+
+__all__ = ["EndToEnd"]
