@@ -162,13 +162,27 @@ class EndToEnd(nn.Module):
         return self.backbone.variant
 
     @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.backbone.in_chans
+
+    @property
+    def spatial_dynamic_relu(self) -> bool:
+        """Whether the backbone's slopes are those of each position."""
+        return self.backbone.spatial_dynamic_relu
+
+    @property
     def use_fused(self) -> bool:
         """Whether the model was built on fused operators. Fixed: build another model to change it."""
         return self.backbone.use_fused
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As `Backbone.set_grad_checkpointing`, of the backbone."""
+        self.backbone.set_grad_checkpointing(enable)
+
     def forward(self, images: Images, targets: Sequence[Target] | None = None, sizes: Tensor | None = None) -> Any:
         """Losses, predictions or answers: the class has the table."""
-        x, own = as_batch(images, sizes, self.backbone.in_chans)
+        x, own = as_batch(images, sizes, self.in_chans)
         if not self.training:
             if targets is not None:
                 raise ValueError(
@@ -185,6 +199,15 @@ class EndToEnd(nn.Module):
         if targets is None:
             return predictions
         return set_loss(*predictions, targets, torch.tensor(own), self._preset)
+
+    def predict_raw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B,in_chans,H,W) -> logits (B,Q,K'), boxes (B,Q,4) of the last set, (cx, cy, w, h) in parts of the image.
+
+        What `RawPredictions` hands to exporters: in evaluation mode, and with `use_fused=False`, for other runtimes
+        know none of `mf_kernels`' operators.
+        """
+        logits, boxes = self.predictions(x)
+        return logits, boxes
 
     def predictions(
         self, x: Tensor, sizes: Sequence[tuple[int, int]] | None = None, *, every_set: bool = False
@@ -211,7 +234,7 @@ class EndToEnd(nn.Module):
         scores     (Q)      how sure of it
         =========  =======  ==========================================================================
         """
-        x, own = as_batch(images, sizes, self.backbone.in_chans)
+        x, own = as_batch(images, sizes, self.in_chans)
         found: list[dict[str, Tensor]] = [{} for _ in own]
         for places, group in _groups(x, own):
             height, width = own[places[0]]
@@ -227,13 +250,6 @@ class EndToEnd(nn.Module):
                     "scores": scores[index],
                 }
         return found
-
-    def for_export(self) -> nn.Module:
-        """For exporters, sharing weights: x (B,in_chans,H,W) -> logits (B,Q,K'), boxes (B,Q,4) of the last set.
-
-        In evaluation mode, with `use_fused=False`, for other runtimes know none of `mf_kernels`' operators.
-        """
-        return _LastSet(self)
 
     def _read(
         self, x: Tensor, sizes: Sequence[tuple[int, int]] | None
@@ -253,16 +269,6 @@ class EndToEnd(nn.Module):
         scores, queries, labels = self._preset.best(predictions.logits, self.detections)
         for score, query, label, boxes in zip(scores, queries, labels, predictions.boxes, strict=True):
             yield {"boxes": _in_pixels(boxes[query], *size), "labels": label, "scores": score}
-
-
-class _LastSet(nn.Module):
-    def __init__(self, detector: EndToEnd) -> None:
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits, boxes = self.detector.predictions(x)
-        return logits, boxes
 
 
 def _in_pixels(boxes: Tensor, height: int, width: int) -> Tensor:
