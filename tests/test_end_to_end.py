@@ -202,6 +202,10 @@ def test_the_local_start(variant: str) -> None:
     torch.manual_seed(1)
     model = EndToEnd(variant, 3, 30 if variant == "26m" else 100, depth=(1, 1, 1), use_fused=False)
     points, head = model.head.points, model.head
+    # A grid as wide as the root of their number, rounded up: 6 x 5 points, 10 x 10 points, row by row
+    columns, rows = (6, 5) if variant == "26m" else (10, 10)
+    grid = [((i % columns + 0.5) / columns, (i // columns + 0.5) / rows) for i in range(columns * rows)]
+    torch.testing.assert_close(points.detach(), torch.tensor(grid))
     content = torch.zeros_like(head.position)[None]
     for read, size in [(b.read, s) for b, s in zip(head._blocks(), [(7, 9), (14, 18), (28, 36)], strict=True)] + [
         (head.read, (25, 42))
