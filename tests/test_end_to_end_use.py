@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -188,3 +189,10 @@ def test_wrong_targets() -> None:
     ]:
         with pytest.raises(ValueError, match=f"^{message}"):
             model(x, wrong)
+
+
+def test_without_scipy_training_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    model = small().train()
+    with pytest.raises(ImportError, match=r"^scipy is not installed: pip install 'mobileformer\[detection\]'$"):
+        model(images(1, 3, 64, 64), [target((1, 1, 9, 9), labels=[0])])
