@@ -8,15 +8,12 @@ import sys
 from pathlib import Path
 
 import mf_kernels
-from mf_kernels import _native, _preference, _triton, testing
+from mf_kernels import _native, _preference, _triton
 
 OPS = _preference.OPS
 # Those of them that somebody has written such kernels of
 TRITON_OPS = tuple(op for op in OPS if _triton.has_kernels(op))
 CUDA_OPS = tuple(op for op in OPS if (Path(__file__).parents[1] / "csrc" / "cuda" / f"{op}.cu").is_file())
-
-# One small row of every operator with tails in every axis, for properties that do not depend on the branch.
-SMALL = testing.SMALL
 
 
 def runnable() -> list[str]:
