@@ -33,7 +33,7 @@ def committed() -> dict:
 
 @pytest.fixture(scope="module")
 def sampled(committed: dict) -> bool:
-    """Whether the committed table is of this compiler and code, its flags too: then a part of it shows that it holds."""
+    """Whether the committed table is of this compiler, its flags and this code: then a part shows that it holds."""
     return (committed["nvcc"], committed["sources"]) == (cuda_resources.nvcc_release(), cuda_resources.sources())
 
 
