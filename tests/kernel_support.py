@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import mf_kernels
@@ -31,6 +32,33 @@ def python(
 ) -> subprocess.CompletedProcess[str]:
     """Run `code` in a fresh process, every warning shown, `mf_kernels` from `package` or the same as here."""
     return interpreter("-W", "always", "-c", code, *arguments, package=package, **environment)
+
+
+def in_forks(code: str, packages: Sequence[Path]) -> list[str]:
+    """What `code` prints with `mf_kernels` and `mobileformer` from each folder, none of which was imported before.
+
+    One fresh process loads torch alone, and each folder has a fork of it to itself.
+    """
+    done = python(f"CODE = {code!r}\n{_FORKS}", *map(str, packages), package=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    parts = done.stdout.split("\0")
+    assert len(parts) == len(packages) + 1, done.stdout + done.stderr
+    return parts[:-1]
+
+
+_FORKS = """
+import os, sys
+import torch
+for folder in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        sys.path.insert(0, folder)
+        exec(CODE, {"__name__": "__main__"})
+        print(end="\\0", flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{folder}: failed")
+"""
 
 
 def interpreter(*command: str, package: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

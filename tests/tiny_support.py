@@ -46,7 +46,13 @@ def tiny_variants() -> Iterator[None]:
     """Both are variants inside the block, for files too."""
     known = MappingProxyType(VARIANTS | {config.name: config for config in (TINY, UNGROUPED)})
     with pytest.MonkeyPatch.context() as patch:
-        for module in (mobileformer.config, mobileformer.files.metadata, mobileformer.weights.load, recipe):
+        for module in (
+            mobileformer,
+            mobileformer.config,
+            mobileformer.files.metadata,
+            mobileformer.weights.load,
+            recipe,
+        ):
             patch.setattr(module, "VARIANTS", known)
         yield
 
