@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # Small tensors: waiting for a second thread costs more than it gives.
 torch.set_num_threads(1)
+
+# What the processor says it has is what inductor takes, without a program for each instruction set to see whether it
+# runs; exporters and processes that tests start take it over.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])

@@ -34,26 +34,31 @@ def python(
     return interpreter("-W", "always", "-c", code, *arguments, package=package, **environment)
 
 
-def in_forks(code: str, packages: Sequence[Path]) -> list[str]:
-    """What `code` prints with `mf_kernels` and `mobileformer` from each folder, none of which was imported before.
+def in_forks(codes: str | Sequence[str], packages: Path | Sequence[Path]) -> list[str]:
+    """What each code prints with `mf_kernels` and `mobileformer` from its folder, neither of which was imported before.
 
-    One fresh process loads torch alone, and each folder has a fork of it to itself.
+    One code goes with every folder, and one folder with every code. One fresh process loads torch alone, and each has
+    a fork of it to itself.
     """
-    done = python(f"CODE = {code!r}\n{_FORKS}", *map(str, packages), package=Path(__file__).parent)
+    several = [packages] if isinstance(packages, Path) else list(packages)
+    codes = [codes] * len(several) if isinstance(codes, str) else list(codes)
+    folders = list(map(str, several * len(codes) if len(several) == 1 else several))
+    runs = list(zip(codes, folders, strict=True))
+    done = python(f"RUNS = {runs!r}\n{_FORKS}", package=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     parts = done.stdout.split("\0")
-    assert len(parts) == len(packages) + 1, done.stdout + done.stderr
+    assert len(parts) == len(runs) + 1, done.stdout + done.stderr
     return parts[:-1]
 
 
 _FORKS = """
 import os, sys
 import torch
-for folder in sys.argv[1:]:
+for code, folder in RUNS:
     child = os.fork()
     if child == 0:
         sys.path.insert(0, folder)
-        exec(CODE, {"__name__": "__main__"})
+        exec(code, {"__name__": "__main__"})
         print(end="\\0", flush=True)
         os._exit(0)
     if os.waitpid(child, 0)[1]:
