@@ -19,16 +19,15 @@ LONGEST = (
     "test_packaging",  # a wheel in isolation
     "test_triton",  # the properties of all kernels in the interpreter
     "test_gpu_dry",
-    "test_cuda_sanitizers",
     "test_operators",  # g++ for the emulator
-    "test_altered_parts",
-    "test_cli_wrong_input",
-    "test_training_kept",
-    "test_timm_scripts",
-    "test_triton_compile",
+    "test_training_processes",
     "test_engine_sanitizers",
-    "test_memory",
-    "test_transforms",
+    "test_triton_compile",
+    "test_compile",  # inductor
+    "test_cuda_sanitizers",
+    "test_training",
+    "test_timm_optional",
+    "test_model_compile",
 )
 
 
