@@ -11,6 +11,7 @@ from mf_kernels._cases import _depthwise_conv2d as depthwise
 from mf_kernels._cases import _dynamic_relu as dynamic_relu
 from mf_kernels._cases import _former_to_mobile as former_to_mobile
 from mf_kernels._cases import _mobile_to_former as mobile_to_former
+from mf_kernels._cases import _spatial_dynamic_relu as spatial_dynamic_relu
 from mf_kernels.testing import CASES, SMALL, Case
 
 LAYERS = tuple(case for case in CASES if case.layer_of)
@@ -42,6 +43,12 @@ TRITON = (
     dynamic_relu("several tiles in each of two splits", 1, 12, 37, 61),
     dynamic_relu("several tiles, one split", 2, 6, 33, 50),
     dynamic_relu("no samples", 0, 5, 4, 4),
+    spatial_dynamic_relu("one value, one token", 1, 1, 1, 1, 1),
+    spatial_dynamic_relu("6 tokens; odd sides", 3, 13, 3, 5, 6),
+    spatial_dynamic_relu("several chunks of channels, the last one short; two splits", 1, 146, 5, 9, 3),
+    spatial_dynamic_relu("8 tokens; several tiles in each of two splits", 1, 12, 37, 61, 8),
+    spatial_dynamic_relu("several chunks, one split", 2, 133, 3, 3, 2),
+    spatial_dynamic_relu("no samples", 0, 5, 4, 4, 2),
     depthwise("one value", 1, 1, 1, 1),
     depthwise("a window wider than the map", 2, 3, 2, 1, 1, 5, 1, "relu6", False),
     depthwise("the same, stride 2", 1, 3, 1, 2, 1, 5, 2, "identity"),

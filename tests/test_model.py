@@ -246,15 +246,17 @@ def test_fused_gradients_equal_plain_ones(variant: str, spatial: bool, frozen: b
 def test_slopes_by_position_are_fused_in_training_and_in_evaluation() -> None:
     """By the operator that makes them, beside the others and the joined ones of inference; nothing falls back."""
     model, x = Model("52m", num_classes=2, spatial_dynamic_relu=True), torch.randn(2, 3, 32, 32)
-    with mf_kernels.record_kernels() as training:
+
+    def kernels(record: mf_kernels.KernelRecord) -> dict[str, int]:
+        assert all(":native:" in name for name in record.counts)
+        return {name.split(":")[0]: count for name, count in record.counts.items()}
+
+    with mf_kernels.record_kernels() as record:
         model(x).sum().backward()
-    with torch.no_grad(), mf_kernels.record_kernels() as evaluation:
+    counts, blocks = kernels(record), 8
+    assert counts["spatial_dynamic_relu_fwd"] == counts["spatial_dynamic_relu_bwd"] == 2 * blocks
+    with torch.no_grad(), mf_kernels.record_kernels() as record:
         model.eval()(x)
-    slopes, blocks = 2 * 8, 8
-    for record, expected in (
-        (training, {"spatial_dynamic_relu_fwd": slopes, "spatial_dynamic_relu_bwd": slopes}),
-        (evaluation, {"spatial_dynamic_relu_fwd": slopes, "token_side": blocks, "former_to_mobile_fwd": blocks}),
-    ):
-        counts = {name.split(":")[0]: count for name, count in record.counts.items() if ":native:" in name}
-        assert counts.items() >= expected.items()
-        assert len(counts) == len(record.counts)
+    counts = kernels(record)
+    assert counts["spatial_dynamic_relu_fwd"] == 2 * blocks
+    assert counts["token_side"] == counts["former_to_mobile_fwd"] == blocks

@@ -63,7 +63,7 @@ def _settings(B: int, capability: tuple[int, int]) -> list[tuple[str, tuple[int,
                     s = _settings.depthwise(B, outputs, OH, OW, channels_last, dtype == torch.float32, capability)
                     assert s.tiles == B * -(-OH // s.block_h) * -(-OW // s.block_w)
                 else:
-                    N = case.options["num_heads"]
+                    N = case.options.get("num_heads", 1)  # the gradient of a spatial dynamic ReLU is as of one head
                     s = _settings.attention(
                         B, H * W, C // N, N, dtype, capability, backward=channels_last
                     )  # the layout plays no part in these
