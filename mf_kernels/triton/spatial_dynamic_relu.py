@@ -4,7 +4,7 @@ Legend: B batch, C channels, L = H*W positions, M tokens, S splits of the positi
 theta (B, M, 2C) is before the hard sigmoid: theta1 of all channels, then theta2; alpha (B, M, L).
 A program has a tile of positions and channels of one sample, and mixes their slopes in registers. Backward, it has all
 tiles of one split and one chunk of channels; what each split leaves of d_theta, and each chunk of d_alpha, a second
-kernel adds. There tokens are padded to `TOKENS` columns, the least that a product takes.
+kernel adds. There all sums are products, and tokens padded to `TOKENS` columns, the least that one takes.
 """
 
 from __future__ import annotations
@@ -115,20 +115,18 @@ def spatial_dynamic_relu_backward(
     # theta1 and theta2 lie as two heads of C channels
     theta1 = load_tokens(theta_ptr, b, m, 0, c, M, 2 * C, C)
     theta2 = load_tokens(theta_ptr, b, m, 1, c, M, 2 * C, C)
-    rows1 = tl.trans((2.0 * hard_sigmoid(theta1.to(tl.float32))).to(theta1.dtype))  # [BLOCK_C, TOKENS]
-    rows2 = tl.trans((2.0 * hard_sigmoid(theta2.to(tl.float32)) - 1.0).to(theta2.dtype))
+    token1 = (2.0 * hard_sigmoid(theta1.to(tl.float32))).to(theta1.dtype)  # [TOKENS, BLOCK_C]
+    token2 = (2.0 * hard_sigmoid(theta2.to(tl.float32)) - 1.0).to(theta2.dtype)
 
     acc_1 = tl.zeros((BLOCK_C, TOKENS), tl.float32)
     acc_2 = tl.zeros((BLOCK_C, TOKENS), tl.float32)
     for tile in range(tiles):
         pos = (split * tiles + tile) * BLOCK_L + tl.arange(0, BLOCK_L)
-        slope1 = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
-        slope2 = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
-        for i in tl.static_range(M):
-            _, _, token1, token2 = load_slopes(theta_ptr, b * M + i, c, C)
-            weight = tl.load(alpha_ptr + (b * M + i) * L + pos, mask=pos < L, other=0.0).to(tl.float32)
-            slope1 += weight[:, None] * token1[None, :]
-            slope2 += weight[:, None] * token2[None, :]
+        inside = (pos[:, None] < L) & (m[None, :] < M)
+        at_token = (b * M + m[None, :]) * L + pos[:, None]
+        alpha = tl.load(alpha_ptr + at_token, mask=inside, other=0.0)
+        slope1 = product(alpha, token1, TF32)  # [BLOCK_L, BLOCK_C]
+        slope2 = product(alpha, token2, TF32)
         x, at, mask = load_head(x_ptr, b, 0, c, pos, L, C, C, CHANNELS_LAST, WIDE)
         d_y, _, _ = load_head(d_y_ptr, b, 0, c, pos, L, C, C, CHANNELS_LAST, WIDE)
         x = x.to(tl.float32)
@@ -144,14 +142,11 @@ def spatial_dynamic_relu_backward(
         # d_a1[l, c] = share1 d_y x; d_alpha[m, l] = sum_c a1[m, c] d_a1[l, c] + the same of a2
         d_1 = (d_1 * x).to(theta1.dtype)
         d_2 = (d_2 * x).to(theta1.dtype)
-        d_alpha = product(d_1, rows1, TF32) + product(d_2, rows2, TF32)  # [BLOCK_L, TOKENS]
-        inside = (pos[:, None] < L) & (m[None, :] < M)
-        at = (b * M + m[None, :]) * L + pos[:, None]
+        d_alpha = product(d_1, tl.trans(token1), TF32) + product(d_2, tl.trans(token2), TF32)  # [BLOCK_L, TOKENS]
         if CHUNKS > 1:
-            at += chunk.to(tl.int64) * B * M * L
-        tl.store(d_alpha_ptr + at, d_alpha.to(d_alpha_ptr.dtype.element_ty), mask=inside)
+            at_token += chunk.to(tl.int64) * B * M * L
+        tl.store(d_alpha_ptr + at_token, d_alpha.to(d_alpha_ptr.dtype.element_ty), mask=inside)
         # d_a1[m, c] = sum_l alpha[m, l] d_a1[l, c]
-        alpha = tl.load(alpha_ptr + (b * M + m[None, :]) * L + pos[:, None], mask=inside, other=0.0)
         acc_1 += product(tl.trans(d_1), alpha, TF32)
         acc_2 += product(tl.trans(d_2), alpha, TF32)
     if ONE_SPLIT:
@@ -183,6 +178,8 @@ def forward(x: Tensor, theta: Tensor, alpha: Tensor) -> Tensor:
         {"y_ptr": y, "x_ptr": x, "theta_ptr": theta, "alpha_ptr": alpha, **positions},
         {"C": C, "M": theta.shape[1], **constants, "BLOCK_C": s.block_c, "BLOCK_L": s.block_l},
         num_warps=s.num_warps,
+        # left alone, the assembler spills in a warp alone for the sake of fewer registers
+        max_registers=255 if s.num_warps == 1 else None,
     )
     return y
 
@@ -194,7 +191,7 @@ def backward(d_y: Tensor, x: Tensor, theta: Tensor, alpha: Tensor) -> tuple[Tens
     x, theta, alpha = dense(x), theta.contiguous(), alpha.contiguous()
     d_y = dense_like(d_y, x)
     B, C, H, W = x.shape
-    s = _settings.attention(B, H * W, C, 1, x.dtype, capability(x), backward=True)
+    s = _settings.spatial_gradient(B, C, H * W, capability(x))
     d_x, d_theta, d_alpha = new_map(x, C, H, W), torch.empty_like(theta), torch.empty_like(alpha)
     of_splits = x.new_empty((s.splits, *theta.shape), dtype=torch.float32) if s.splits > 1 else None
     of_chunks = x.new_empty((s.chunks, *alpha.shape), dtype=torch.float32) if s.chunks > 1 else None
@@ -223,11 +220,13 @@ def backward(d_y: Tensor, x: Tensor, theta: Tensor, alpha: Tensor) -> tuple[Tens
             "ONE_SPLIT": s.splits == 1,
             "CHUNKS": s.chunks,
             "TOKENS": s.tokens,
-            "BLOCK_C": s.block_e,
+            "BLOCK_C": s.block_c,
             "BLOCK_L": s.block_l,
         },
         num_warps=s.num_warps,
-        num_stages=s.num_stages,
+        num_stages=2,
+        # left alone, the assembler spills in a narrow chunk for the sake of fewer registers
+        max_registers=255 if s.block_c == 32 else None,
     )
     if of_splits is not None:
         arguments = {"d_theta_ptr": d_theta, "partial_ptr": of_splits, "theta_ptr": theta}
