@@ -94,7 +94,7 @@ def test_one_graph_with_gradients(op: str, dynamic: bool) -> None:
 
 
 class Block(nn.Module):
-    """All four operators between arithmetic that a compiler would like to fuse."""
+    """Operators between arithmetic that a compiler would like to fuse."""
 
     def __init__(self, channels: int = 12) -> None:
         super().__init__()
