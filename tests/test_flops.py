@@ -58,7 +58,7 @@ def test_fvcore_counts_the_multiply_adds_of_the_plain_model(variant: str, spatia
         counts.append(sum(count for name, count in by_operator.items() if name in {*COUNTED, *ours}))
         missing.append([op for op in analysis.unsupported_ops() if op.startswith("mf_kernels::")])
     fused, without, plain = counts
-    # of the einsum that mixes the slopes fvcore takes numpy's estimate, a number of six digits
+    # fvcore reads what an einsum multiplies from numpy's estimate, which is printed with a few digits
     assert fused == pytest.approx(plain, rel=1e-5 if spatial else 0)
     assert without < fused
     assert missing[0] == missing[2] == []

@@ -74,7 +74,7 @@ class DynamicReLU(KernelModule):
 
     theta = hsig(expand(relu(reduce(token)))), 2C values: the first C are theta1, the last C are theta2.
     One theta a sample, from token 0, shared by all positions; or, where `mix` is given, one theta a position:
-    theta_i = sum over tokens j of mix_ij theta_j, which as the mix has sum 1 makes slopes of mixed slopes.
+    theta_i = sum over tokens j of mix_ij theta_j. The mix has sum 1, so the slopes are mixed likewise.
     """
 
     def __init__(self, channels: int, token_dim: int, *, use_fused: bool) -> None:
