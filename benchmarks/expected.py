@@ -65,7 +65,8 @@ def flops(case: testing.Case, direction: str) -> int | None:
     """Multiplications and additions of the products, exponentials and slopes not counted; None where those are all.
 
     Attention forward is two products of L x C x M. Backward is five: the scores again, the gradient of the weights,
-    and three to the arguments (the map is two of Mobile-to-Former's, the tokens two of Former-to-Mobile's).
+    and three to the arguments (the map is two of Mobile-to-Former's, the tokens two of Former-to-Mobile's). A spatial
+    dynamic ReLU makes two slopes by two products, and backward those again and two to each of both their factors.
     """
     if case.op == "token_side":
         rows = case.shapes["tokens"][0] * case.shapes["tokens"][1]
@@ -77,8 +78,8 @@ def flops(case: testing.Case, direction: str) -> int | None:
     if case.op.startswith("depthwise"):
         forward = 2 * math.prod(case.output_shape) * math.prod(case.shapes["weight"][2:])
         return forward if direction == "forward" else 2 * forward
-    tokens = case.shapes.get("q", case.shapes.get("k"))
+    tokens = case.shapes.get("q", case.shapes.get("k", case.shapes.get("alpha")))
     if tokens is None:
         return None
     product = 2 * math.prod(case.shapes["x"]) * tokens[1]
-    return product * {"forward": 2, "backward": 5}[direction]
+    return product * {"forward": 2, "backward": 6 if case.op == "spatial_dynamic_relu" else 5}[direction]

@@ -67,13 +67,15 @@ def layers_of(variant: str) -> Iterator[Case]:
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
     with contextlib.ExitStack() as patches, torch.device("meta"):
         for op in ("mobile_to_former", "former_to_mobile", "former_to_mobile_", "dynamic_relu", "dynamic_relu_",
-                   "depthwise_conv2d", "depthwise_dynamic_relu", "batch_norm_activation"):  # fmt: skip
+                   "spatial_dynamic_relu", "spatial_dynamic_relu_", "depthwise_conv2d", "depthwise_dynamic_relu",
+                   "batch_norm_activation"):  # fmt: skip
             patches.enter_context(mock.patch.object(mf_kernels, op, recorder(calls, op, getattr(mf_kernels, op))))
-        model = mobileformer.Model(variant)
-        for training in (False, True):
-            model.train(training)
-            with torch.set_grad_enabled(training):
-                model(torch.empty(2, 3, 224, 224))
+        for spatial in (False, True):
+            model = mobileformer.Model(variant, spatial_dynamic_relu=spatial)
+            for training in (False, True):
+                model.train(training)
+                with torch.set_grad_enabled(training):
+                    model(torch.empty(2, 3, 224, 224))
     for op, tensors, options in calls:
         x, *others = (tuple(t.shape) if t is not None else None for t in tensors)
         if op == "depthwise_dynamic_relu":
@@ -101,7 +103,7 @@ def recorder(calls: list[Any], op: str, function: Callable[..., Tensor]) -> Call
 def case(op: str, x: tuple[int, ...], others: Sequence[tuple[int, ...] | None], options: dict[str, Any]) -> Case:
     """The row of an operator whose first argument has the shape `x`."""
     names = {"mobile_to_former": ["q"], "former_to_mobile": ["k", "v"], "dynamic_relu": ["theta"],
-             "depthwise_conv2d": ["weight", "bias"]}[op]  # fmt: skip
+             "spatial_dynamic_relu": ["theta", "alpha"], "depthwise_conv2d": ["weight", "bias"]}[op]  # fmt: skip
     shapes = {"x": x} | {n: shape for n, shape in zip(names, others, strict=False) if shape is not None}
     name = "-".join(["x".join(map(str, shape)) for shape in shapes.values()] + [str(o) for o in options.values()])
     return Case(op, name, shapes, "a layer", options)

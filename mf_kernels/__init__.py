@@ -1,4 +1,4 @@
-"""Fused kernels for Mobile-Former: four operators, each with a reference, C++ kernels and gradients.
+"""Fused kernels for Mobile-Former: five operators, each with a reference, C++ kernels and gradients.
 
 Knows nothing of the model. Importing this loads no compiled library; the first call that can use one does.
 """
@@ -14,6 +14,7 @@ from mf_kernels.ops.dynamic_relu import dynamic_relu, dynamic_relu_
 from mf_kernels.ops.fold_batch_norm import fold_batch_norm
 from mf_kernels.ops.former_to_mobile import former_to_mobile, former_to_mobile_
 from mf_kernels.ops.mobile_to_former import mobile_to_former
+from mf_kernels.ops.spatial_dynamic_relu import spatial_dynamic_relu, spatial_dynamic_relu_
 from mf_kernels.ops.token_side import TokenSideLayers, token_side
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "record_kernels",
     "reference",
     "requested_backend",
+    "spatial_dynamic_relu",
+    "spatial_dynamic_relu_",
     "status",
     "token_side",
     "use_backend",

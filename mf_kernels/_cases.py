@@ -52,6 +52,7 @@ class Case:
         for name, shape in self.shapes.items():
             spread = {"theta": 2.0, "weight": 2.0 / shape[-1]}.get(name, 1.0)
             values = spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+            values = values.softmax(1) if name == "alpha" else values
             arguments[name] = in_layout(values.to(device=device, dtype=dtype), layout)
         return arguments
 
@@ -105,6 +106,11 @@ def _former_to_mobile(reaches: str, B: int, C: int, H: int, W: int, M: int, N: i
 def _dynamic_relu(reaches: str, B: int, C: int, H: int, W: int, layer_of: str = "") -> Case:
     shapes = {"x": (B, C, H, W), "theta": (B, 2 * C)}
     return Case("dynamic_relu", f"{B}x{C}x{H}x{W}", shapes, reaches, layer_of=tuple(layer_of.split()))
+
+
+def _spatial_dynamic_relu(reaches: str, B: int, C: int, H: int, W: int, M: int, layer_of: str = "") -> Case:
+    shapes = {"x": (B, C, H, W), "theta": (B, M, 2 * C), "alpha": (B, M, H, W)}
+    return Case("spatial_dynamic_relu", f"{B}x{C}x{H}x{W}-{M}tokens", shapes, reaches, layer_of=tuple(layer_of.split()))
 
 
 def _depthwise_conv2d(
@@ -177,6 +183,11 @@ _LAYERS = [
     _dynamic_relu("layer", 1, 120, 56, 56, layer_of="508m"),
     _dynamic_relu("layer", 1, 216, 28, 28, layer_of="508m"),
     _dynamic_relu("layer", 1, 1440, 7, 7, layer_of="508m"),
+    _spatial_dynamic_relu("layer", 1, 96, 56, 56, 6, layer_of="294m"),
+    _spatial_dynamic_relu("layer", 1, 192, 28, 28, 6, layer_of="294m"),
+    _spatial_dynamic_relu("layer", 1, 1152, 7, 7, 6, layer_of="294m"),
+    _spatial_dynamic_relu("layer", 1, 36, 56, 56, 3, layer_of="26m"),
+    _spatial_dynamic_relu("layer", 1, 120, 56, 56, 6, layer_of="508m"),
     _depthwise_conv2d("the stem", 1, 16, 112, 112, 2, activation="relu6", layer_of="294m"),
     _depthwise_conv2d("layer", 1, 16, 112, 112, 6, stride=2, activation="identity", layer_of="294m"),
     _depthwise_conv2d("layer", 1, 96, 56, 56, activation="identity", layer_of="294m"),
@@ -206,6 +217,15 @@ _BRANCHES = [
     _dynamic_relu("one position a sample", 5, 67, 1, 1),
     _dynamic_relu("more values than one task takes", 2, 36, 25, 37),
     _dynamic_relu("no samples", 0, 5, 4, 4),
+    _spatial_dynamic_relu("one value, one token", 1, 1, 1, 1, 1),
+    _spatial_dynamic_relu("6 tokens; tails of every vector width, in positions and in channels", 3, 13, 3, 5, 6),
+    _spatial_dynamic_relu("8 tokens; vectors filled exactly", 2, 32, 4, 16, 8),
+    _spatial_dynamic_relu("5 tokens; tiles cut by the cache", 1, 403, 9, 17, 5),
+    _spatial_dynamic_relu("3 tokens; two spans, the second one short", 1, 10, 46, 45, 3),
+    _spatial_dynamic_relu("2 tokens; one position a sample", 5, 67, 1, 1, 2),
+    _spatial_dynamic_relu("4 tokens", 2, 20, 5, 7, 4),
+    _spatial_dynamic_relu("7 tokens", 1, 18, 7, 7, 7),
+    _spatial_dynamic_relu("no samples", 0, 5, 4, 4, 2),
     _depthwise_conv2d("one value", 1, 1, 1, 1),
     _depthwise_conv2d("a window wider than the map", 2, 3, 2, 1, K=5, activation="relu6"),
     _depthwise_conv2d("the same, stride 2", 2, 3, 1, 2, K=5, stride=2, activation="identity", bias=False),
@@ -240,6 +260,7 @@ SMALL = {
         "mobile_to_former": "6 tokens",
         "former_to_mobile": "6 tokens",
         "dynamic_relu": "tails of",
+        "spatial_dynamic_relu": "6 tokens",
         "depthwise_conv2d": "channels over, stride 2",
     }.items()
 }
@@ -249,5 +270,6 @@ TINY: dict[str, dict[str, tuple[int, ...]]] = {
     "mobile_to_former": {"x": (2, 4, 2, 3), "q": (2, 3, 4)},
     "former_to_mobile": {"x": (2, 4, 2, 3), "k": (2, 3, 4), "v": (2, 3, 4)},
     "dynamic_relu": {"x": (2, 3, 2, 3), "theta": (2, 6)},
+    "spatial_dynamic_relu": {"x": (2, 2, 2, 3), "theta": (2, 2, 4), "alpha": (2, 2, 2, 3)},
     "depthwise_conv2d": {"x": (2, 2, 4, 3), "weight": (4, 1, 3, 3), "bias": (4,)},
 }

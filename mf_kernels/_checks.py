@@ -90,6 +90,18 @@ def tokens(op: str, name: str, t: Tensor, x: Tensor, num_heads: int) -> None:
     companion(op, name, t, x, (x.shape[0], t.shape[1], channels), "(B, M, C)")
 
 
+def spatial_slopes(op: str, x: Tensor, theta: Tensor, alpha: Tensor) -> None:
+    """theta (B, M, 2C) of x's batch and channels with M of at least 1, alpha (B, M, H, W) of x's positions."""
+    batch, channels, height, width = x.shape
+    if not isinstance(theta, Tensor):
+        tensor(op, "theta", theta)
+    if theta.dim() != 3 or theta.shape[1] == 0:
+        raise ValueError(f"{op}: theta: expected (B, M, 2C) with M of at least 1, got {tuple(theta.shape)}")
+    count = theta.shape[1]
+    companion(op, "theta", theta, x, (batch, count, 2 * channels), "(B, M, 2C)")
+    companion(op, "alpha", alpha, x, (batch, count, height, width), "(B, M, H, W)")
+
+
 def depthwise(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, activation: str) -> None:
     """weight (C*mult, 1, K, K) with K of 3 or 5, bias (C*mult), stride 1 or 2, a known activation."""
     channels = x.shape[1]

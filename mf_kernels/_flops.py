@@ -71,6 +71,9 @@ def _tell(counter: Any) -> None:
         operators.former_to_mobile_fwd: lambda x, k, *_, **__: 2 * _attention(x, k),
         operators.former_to_mobile_: lambda x, k, *_, **__: 2 * _attention(x, k),
         operators.former_to_mobile_bwd: lambda d_y, x, k, *_, **__: 4 * _attention(x, k),
+        operators.spatial_dynamic_relu_fwd: lambda x, theta, *_, **__: 2 * _attention(x, theta),
+        operators.spatial_dynamic_relu_: lambda x, theta, *_, **__: 2 * _attention(x, theta),
+        operators.spatial_dynamic_relu_bwd: lambda d_y, x, theta, *_, **__: 4 * _attention(x, theta),
         operators.depthwise_conv2d_fwd: lambda x, w, *_, out_shape, **__: counter.conv_flop_count(x, w, out_shape),
         operators.depthwise_conv2d_bwd: depthwise_backward,
         operators.depthwise_dynamic_relu: lambda x, w, *_, out_shape, **__: counter.conv_flop_count(x, w, out_shape),
@@ -96,6 +99,8 @@ def fvcore_handles() -> dict[str, Callable[[Sequence[Any], Sequence[Any]], int]]
         "mobile_to_former_fwd": lambda given, _: _attention(_sizes(given[0]), _sizes(given[1])),
         "former_to_mobile_fwd": lambda given, _: _attention(_sizes(given[0]), _sizes(given[1])),
         "former_to_mobile_": lambda given, _: _attention(_sizes(given[0]), _sizes(given[1])),
+        "spatial_dynamic_relu_fwd": lambda given, _: _attention(_sizes(given[0]), _sizes(given[1])),
+        "spatial_dynamic_relu_": lambda given, _: _attention(_sizes(given[0]), _sizes(given[1])),
         "depthwise_conv2d_fwd": lambda given, made: _depthwise(_sizes(given[1]), _sizes(made[0])),
         "depthwise_dynamic_relu": lambda given, made: _depthwise(_sizes(given[1]), _sizes(made[0])),
         "token_side": lambda given, _: _token_side(
@@ -112,7 +117,7 @@ def _sizes(value: Any) -> _Shape:
 
 
 def _attention(x: _Shape, tokens: _Shape) -> int:
-    """Multiply-adds of the scores of every position and token, and of what they weight: two products."""
+    """Multiply-adds of two products of a map and tokens: scores and what they weight, or both slopes of a position."""
     return 2 * math.prod(x) * tokens[1]
 
 

@@ -26,6 +26,7 @@ CUDA = {
     "mobile_to_former": Preference(("triton", "native"), None),
     "former_to_mobile": Preference(("triton", "native"), None),
     "dynamic_relu": Preference(("triton", "native"), None),
+    "spatial_dynamic_relu": Preference(("triton", "native"), None),
     "depthwise_conv2d": Preference(("triton", "native"), None),
 }
 UNMEASURED = Preference(("triton", "native"), None)  # of an operator that the table does not name yet

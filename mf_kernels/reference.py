@@ -1,4 +1,4 @@
-"""The four operators as equations in plain PyTorch: the specification of every kernel here, and its fallback.
+"""The operators as equations in plain PyTorch: the specification of every kernel here, and its fallback.
 
 Legend: B batch, C channels, H W height and width, L = H*W positions, M tokens, N heads, E = C/N head width,
 K kernel side.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["depthwise_conv2d", "dynamic_relu", "former_to_mobile", "mobile_to_former"]
+__all__ = ["depthwise_conv2d", "dynamic_relu", "former_to_mobile", "mobile_to_former", "spatial_dynamic_relu"]
 
 
 def mobile_to_former(x: Tensor, q: Tensor, *, num_heads: int = 2) -> Tensor:
@@ -44,10 +44,18 @@ def dynamic_relu(x: Tensor, theta: Tensor) -> Tensor:
     hsig is clamp(t + 3, 0, 6) / 6: `F.hardsigmoid` keeps 1/6 in float32, which a float64 gradient shows.
     Where both branches are equal the gradient is shared half and half, as `torch.maximum` does.
     """
-    hard_sigmoid = (theta + 3).clamp(0, 6) / 6
-    theta1, theta2 = hard_sigmoid.chunk(2, dim=1)
-    slope1 = (2 * theta1)[:, :, None, None]
-    slope2 = (2 * theta2 - 1)[:, :, None, None]
+    slope1, slope2 = (slope[:, :, None, None] for slope in _slopes(theta))
+    return torch.maximum(slope1 * x, slope2 * x)
+
+
+def spatial_dynamic_relu(x: Tensor, theta: Tensor, alpha: Tensor) -> Tensor:
+    """max(a1 x, a2 x) with slopes of every position: those of the tokens, mixed by alpha after the hard sigmoid.
+
+    x (B,C,H,W), theta (B,M,2C) as in `dynamic_relu` for each token, alpha (B,M,H,W) of sum 1 over the tokens.
+    For any alpha: a1 = sum over m of alpha_m 2 hsig(theta1_m), a2 = sum over m of alpha_m (2 hsig(theta2_m) - 1).
+    """
+    slopes = torch.cat(_slopes(theta), dim=2)
+    slope1, slope2 = torch.einsum("bmc,bmhw->bchw", slopes, alpha).chunk(2, dim=1)
     return torch.maximum(slope1 * x, slope2 * x)
 
 
@@ -67,6 +75,13 @@ def depthwise_conv2d(
     if activation == "identity":
         return y
     raise ValueError(f"activation: expected 'hardswish', 'relu6' or 'identity', got {activation!r}")
+
+
+def _slopes(theta: Tensor) -> tuple[Tensor, Tensor]:
+    """a1 = 2 hsig(theta1) and a2 = 2 hsig(theta2) - 1 of (..., 2C)."""
+    hard_sigmoid = (theta + 3).clamp(0, 6) / 6
+    theta1, theta2 = hard_sigmoid.chunk(2, dim=-1)
+    return 2 * theta1, 2 * theta2 - 1
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:

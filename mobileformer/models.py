@@ -28,8 +28,7 @@ class Model(Classifier):
     drop_path_rate        stochastic depth, in [0, 1); block i of n has rate * (i + 1) / n
     spatial_dynamic_relu  slopes of dynamic ReLU for every position, mixed over all tokens by the scores
                           of the bridge, in place of one slope a channel from token 0. The parameters
-                          are the same. The fused operator knows no slopes by position: that part runs
-                          in plain PyTorch.
+                          are the same.
     ====================  ==============================================================================
 
     Stochastic depth acts where the published code has it: on the residual of a same block, the inner branch

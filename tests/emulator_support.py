@@ -168,6 +168,16 @@ def _dynamic_relu(inputs: dict, d_y: Tensor, options: dict, channels_last: bool)
     return {"output": y, "d_x": d_x, "d_theta": d_theta}
 
 
+def _spatial_dynamic_relu(inputs: dict, d_y: Tensor, options: dict, channels_last: bool) -> dict[str, Tensor]:
+    x, theta, alpha = inputs["x"], inputs["theta"], inputs["alpha"]
+    B, C, H, W = x.shape
+    shape = (B, C, H * W, theta.shape[1], channels_last)
+    y, d_x, d_theta, d_alpha = poisoned(x), poisoned(x), poisoned(theta), poisoned(alpha)
+    call("mf_spatial_dynamic_relu", y, x, theta, alpha, *shape)
+    call("mf_spatial_dynamic_relu_backward", d_x, d_theta, d_alpha, d_y, x, theta, alpha, *shape)
+    return {"output": y, "d_x": d_x, "d_theta": d_theta, "d_alpha": d_alpha}
+
+
 def _former_to_mobile(inputs: dict, d_y: Tensor, options: dict, channels_last: bool) -> dict[str, Tensor]:
     x, k, v = inputs["x"], inputs["k"], inputs["v"]
     B, C, H, W = x.shape
@@ -204,5 +214,6 @@ _EVALUATE = {
     "mobile_to_former": _mobile_to_former,
     "former_to_mobile": _former_to_mobile,
     "dynamic_relu": _dynamic_relu,
+    "spatial_dynamic_relu": _spatial_dynamic_relu,
     "depthwise_conv2d": _depthwise_conv2d,
 }

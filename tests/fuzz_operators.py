@@ -59,6 +59,9 @@ def operators(rng: random.Random) -> list[tuple[str, Callable[[], list[Any]]]]:
     def token() -> Tensor:
         return random_(batch, tokens, channels)
 
+    def spatial() -> list[Tensor]:
+        return [random_(batch, tokens, 2 * channels), random_(batch, tokens, height, width)]
+
     def depthwise() -> list[Any]:
         outputs = channels * mult
         return [x(), random_(outputs, 1, kernel, kernel), rng.choice((None, random_(outputs)))]
@@ -104,6 +107,9 @@ def operators(rng: random.Random) -> list[tuple[str, Callable[[], list[Any]]]]:
         ("former_to_mobile_fwd", lambda: [x(), token(), token(), heads]),
         ("former_to_mobile_", lambda: [x(), token(), token(), heads]),
         ("former_to_mobile_bwd", lambda: [x(), x(), token(), token(), heads]),
+        ("spatial_dynamic_relu_fwd", lambda: [x(), *spatial()]),
+        ("spatial_dynamic_relu_", lambda: [x(), *spatial()]),
+        ("spatial_dynamic_relu_bwd", lambda: [x(), x(), *spatial()]),
         ("depthwise_conv2d_fwd", lambda: [*depthwise(), stride, named]),
         ("depthwise_conv2d_bwd", lambda: [gradient(), *depthwise(), stride, named]),
         ("depthwise_dynamic_relu", lambda: [*depthwise(), random_(*wide), stride]),

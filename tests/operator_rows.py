@@ -12,6 +12,7 @@ from mf_kernels._cases import _depthwise_conv2d as depthwise
 from mf_kernels._cases import _dynamic_relu as dynamic_relu
 from mf_kernels._cases import _former_to_mobile as former_to_mobile
 from mf_kernels._cases import _mobile_to_former as mobile_to_former
+from mf_kernels._cases import _spatial_dynamic_relu as spatial_dynamic_relu
 from mf_kernels.testing import CASES, Case
 
 LAYERS = tuple(case for case in CASES if case.layer_of)
@@ -50,6 +51,12 @@ TRITON = (
     dynamic_relu("several tiles in each of two splits", 1, 12, 37, 61),
     dynamic_relu("several tiles, one split", 2, 6, 33, 50),
     dynamic_relu("no samples", 0, 5, 4, 4),
+    spatial_dynamic_relu("one value, one token", 1, 1, 1, 1, 1),
+    spatial_dynamic_relu("6 tokens; odd sides", 3, 13, 3, 5, 6),
+    spatial_dynamic_relu("several chunks of channels, the last one short; two splits", 1, 146, 5, 9, 3),
+    spatial_dynamic_relu("8 tokens; several tiles in each of two splits", 1, 12, 37, 61, 8),
+    spatial_dynamic_relu("several chunks, one split", 2, 133, 3, 3, 2),
+    spatial_dynamic_relu("no samples", 0, 5, 4, 4, 2),
     depthwise("one value", 1, 1, 1, 1),
     depthwise("a window wider than the map", 2, 3, 2, 1, 1, 5, 1, "relu6", False),
     depthwise("the same, stride 2", 1, 3, 1, 2, 1, 5, 2, "identity"),
@@ -74,6 +81,9 @@ CUDA = (
     dynamic_relu("more columns of single values", 2, 523, 1, 3),
     dynamic_relu("rows of two and of four positions", 2, 12, 4, 8),
     dynamic_relu("planes in parts", 1, 2, 96, 181),
+    spatial_dynamic_relu("16 bytes of channels or of positions; 6 tokens", 2, 24, 8, 8, 6),
+    spatial_dynamic_relu("3 tokens of 4; 3 lanes of a group of 4 have channels", 1, 12, 4, 12, 3),
+    spatial_dynamic_relu("chunks of channels", 1, 264, 3, 4, 6),
     *attentions("16 bytes of channels; 3 lanes of a group of 4 have some", 2, 48, 5, 8, 6, 2),
     *attentions("8 bytes of channels in half precision; 3 tokens", 1, 24, 8, 8, 3, 2),
     *attentions("8 bytes of positions in half precision; 4 tokens", 1, 10, 3, 4, 4, 2),

@@ -59,14 +59,12 @@ def assert_slopes(activation: str, results: dict[str, Tensor], d_y: float) -> No
         torch.testing.assert_close(actual, expected, rtol=1e-2 if z.dtype == torch.bfloat16 else 1e-6, atol=0)
 
 
-def dynamic_relu_row() -> tuple[testing.Case, dict[str, Tensor]]:
-    """Every pair of a theta1 at its corners and a theta2, on x of both signs, 0 and the infinities."""
+def dynamic_relu_row() -> tuple[Tensor, Tensor]:
+    """x and theta: every pair of a theta1 at its corners and a theta2, on x of both signs and 0."""
     corners = torch.tensor((-3.0, 3.0))
     neighbours = [torch.nextafter(corners, torch.full_like(corners, way)) for way in (-INF, INF)]
     theta1 = torch.cat([corners, *neighbours, torch.tensor([-INF, INF, -1.5, 0.25])])
     theta2 = torch.tensor([-INF, -3.0, 0.5, 3.0, INF])  # 0 and 3/2 are ties with a slope of theta1
     pairs = torch.cartesian_prod(theta1, theta2)
     x = torch.tensor([-1.5, -1.0, 0.0, 2.0, 1.0]).expand(len(pairs), 5).reshape(1, len(pairs), 1, 5)
-    shapes = {"x": tuple(x.shape), "theta": (1, 2 * len(pairs))}
-    case = testing.Case("dynamic_relu", "corners", shapes, "corners", {})
-    return case, {"x": x.contiguous(), "theta": pairs.T.reshape(1, -1).contiguous()}
+    return x.contiguous(), pairs.T.reshape(1, -1).contiguous()

@@ -95,7 +95,7 @@ def test_one_graph_with_gradients(op: str, dynamic: bool) -> None:
 
 
 class Block(nn.Module):
-    """All four operators between arithmetic that a compiler would like to fuse."""
+    """All five operators between arithmetic that a compiler would like to fuse."""
 
     def __init__(self, channels: int = 12) -> None:
         super().__init__()
@@ -109,6 +109,7 @@ class Block(nn.Module):
         tokens = tokens + mf_kernels.mobile_to_former(x * 2, tokens)
         x = mf_kernels.former_to_mobile(x + 1, tokens, tokens.tanh())
         y = mf_kernels.depthwise_conv2d(x, self.weight, stride=2)
+        y = mf_kernels.spatial_dynamic_relu(y - 0.5, self.theta(tokens), y[:, :3].softmax(1))
         return mf_kernels.dynamic_relu(y + 0.5, self.theta(tokens[:, 0])).sigmoid()
 
 

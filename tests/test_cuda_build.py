@@ -111,8 +111,13 @@ def test_maps_move_16_bytes_at_a_time(table: dict) -> None:
             assert row["store_bits"] >= bits, row
     wide = {name for name, bits in seen if bits == 128}
     streaming = {"dynamic_relu_rows", "dynamic_relu_flat", "dynamic_relu_rows_backward", "dynamic_relu_planes_backward"}
-    attention = {f"{op}_{way}{b}" for op in OPS[:2] for way in ("channels", "positions") for b in ("", "_backward")}
-    assert wide == streaming | attention | {"depthwise_conv2d", "depthwise_conv2d_backward"}
+    ways = {
+        f"{op}_{way}{b}"
+        for op in (*OPS[:2], "spatial_dynamic_relu")
+        for way in ("channels", "positions")
+        for b in ("", "_backward")
+    }
+    assert wide == streaming | ways | {"depthwise_conv2d", "depthwise_conv2d_backward"}
 
 
 def test_the_library_holds_machine_code_of_what_it_was_built_for(library: Path, sampled: bool) -> None:

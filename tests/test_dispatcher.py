@@ -95,12 +95,14 @@ def test_what_was_saved_may_come_back_in_other_strides(relaid) -> None:
         x, q = torch.randn(2, 6, 5, 7, requires_grad=True), torch.randn(2, 3, 6, requires_grad=True)
         weight, bias = torch.randn(6, requires_grad=True), torch.randn(6, requires_grad=True)
         theta = torch.randn(2, 12, requires_grad=True)
+        thetas, alpha = torch.randn(2, 3, 12, requires_grad=True), torch.rand(2, 3, 5, 7, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
             y = mf_kernels.batch_norm_activation(x, weight, bias, torch.zeros(6), torch.ones(6), theta=theta)
             y = mf_kernels.former_to_mobile(y, q, q + 1)
             y = mf_kernels.depthwise_conv2d(y, torch.ones(6, 1, 3, 3))
+            y = mf_kernels.spatial_dynamic_relu(y, thetas, alpha)
             out = mf_kernels.mobile_to_former(mf_kernels.dynamic_relu(y, theta), q)
-        return list(torch.autograd.grad(out.square().sum(), (x, q, weight, bias, theta)))
+        return list(torch.autograd.grad(out.square().sum(), (x, q, weight, bias, theta, thetas, alpha)))
 
     for got, expected in zip(gradients(relaid), gradients(lambda t: t), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -126,6 +128,11 @@ def test_in_place_refuses_what_lies_in_the_memory_that_it_writes_to() -> None:
     refused(f"former_to_mobile_: v{told}", OPS.former_to_mobile_.native, memory, k.clone(), k, 2)
     theta = memory.view(-1)[-32:].view(2, 16)
     refused(f"dynamic_relu_: theta{told}", OPS.dynamic_relu_.native, memory, theta)
+    thetas, alpha = torch.ones(2, 1, 16), torch.ones(2, 1, 4, 4)
+    inside = memory.view(-1)[:32]
+    told_of = f"spatial_dynamic_relu_: {{}}{told}".format
+    refused(told_of("theta"), OPS.spatial_dynamic_relu_.native, memory, inside.view_as(thetas), alpha)
+    refused(told_of("alpha"), OPS.spatial_dynamic_relu_.native, memory, thetas, inside.view_as(alpha))
     one = torch.ones(8)
     with pytest.raises(RuntimeError, match="running_variance: expected memory apart from running_mean"):
         OPS.batch_norm_activation_fwd.native(memory, one, one.clone(), None, *[torch.zeros(8)] * 2, 0.1, 1e-5, "relu6")

@@ -75,6 +75,8 @@ def blocks_of(case: testing.Case, dtype: torch.dtype, channels_last: bool, batch
     _, C, H, W = case.shapes["x"]
     if case.op == "dynamic_relu":
         name, sizes = "dynamic_relu", [batch, C, H * W]
+    elif case.op == "spatial_dynamic_relu":
+        name, sizes = "spatial_dynamic_relu", [batch, C, H * W, case.shapes["alpha"][1]]
     elif case.op == "depthwise_conv2d":
         outputs, _, K, _ = case.shapes["weight"]
         name, sizes = "depthwise", [batch, C, H, W, outputs, K, case.options["stride"]]

@@ -70,6 +70,7 @@ def test_depthwise_dynamic_relu_with_gradients_is_the_two_operators(isa: str) ->
 IN_PLACE = {
     "dynamic_relu": (mf_kernels.dynamic_relu_, mf_kernels.dynamic_relu),
     "former_to_mobile": (mf_kernels.former_to_mobile_, mf_kernels.former_to_mobile),
+    "spatial_dynamic_relu": (mf_kernels.spatial_dynamic_relu_, mf_kernels.spatial_dynamic_relu),
 }
 IN_PLACE_ROWS = [case for case in testing.CASES if case.op in IN_PLACE and not case.layer_of]
 
@@ -135,6 +136,9 @@ X, SHORT, WIDE = torch.zeros(3, 4, 2, 2), torch.zeros(3, 4), torch.zeros(3, 9, 8
         (mf_kernels.former_to_mobile_, (X, SHORT, SHORT), "former_to_mobile: k: expected (B, M, C)"),
         (mf_kernels.former_to_mobile_, (X, WIDE, WIDE), "former_to_mobile: k: expected (B, M, C)"),
         (mf_kernels.former_to_mobile_, (X, WIDE[:, :6, :4], WIDE), "former_to_mobile: v: expected (B, M, C)"),
+        (mf_kernels.spatial_dynamic_relu_, (X, SHORT, X), "spatial_dynamic_relu: theta: expected (B, M, 2C)"),
+        (mf_kernels.spatial_dynamic_relu_, (X, WIDE, X), "spatial_dynamic_relu: alpha: expected (B, M, H, W)"),
+        (mf_kernels.spatial_dynamic_relu_, (X, WIDE[:, :6], X), "alpha: expected (B, M, H, W) = (3, 6, 2, 2)"),
         (mf_kernels.depthwise_dynamic_relu, (X, X[:, :1], None, X), "depthwise_dynamic_relu: weight: expected"),
         (
             mf_kernels.depthwise_dynamic_relu,
@@ -291,6 +295,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.dynamic_relu_.native, (x, theta))
     x, k, v = SMALL["former_to_mobile"].inputs(torch.float32, layout="channels_last").values()
     torch.library.opcheck(ops.former_to_mobile_.native, (x, k, v, 2))
+    x, theta, alpha = SMALL["spatial_dynamic_relu"].inputs(torch.float32, layout="channels_last").values()
+    torch.library.opcheck(ops.spatial_dynamic_relu_.native, (x, theta, alpha))
     x, weight, bias = SMALL["depthwise_conv2d"].inputs(torch.float32, layout="permuted").values()
     torch.library.opcheck(ops.depthwise_dynamic_relu.native, (x, weight, bias, torch.randn(2, 26), 2))
     torch.library.opcheck(ops.fold_batch_norm.native, (*norm(5, torch.float32, 2, 3, 3), 1e-5))

@@ -31,6 +31,9 @@ SCHEMAS = {
     "former_to_mobile_fwd": "7bef6c1e",
     "mobile_to_former_bwd": "37a77971",
     "mobile_to_former_fwd": "8a0d82b1",
+    "spatial_dynamic_relu_": "12f9d93d",
+    "spatial_dynamic_relu_bwd": "0a7e74e9",
+    "spatial_dynamic_relu_fwd": "13918aaf",
     "token_side": "5fae5ac4",
 }
 

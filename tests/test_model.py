@@ -9,6 +9,7 @@ import torch
 from golden_support import recipe_image, recipe_model
 from torch import nn
 
+import mf_kernels
 import mobileformer
 from mobileformer import VARIANTS, Model
 from mobileformer.config import get_variant
@@ -224,12 +225,13 @@ def test_the_input_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen norms"])
+@pytest.mark.parametrize("spatial", [False, True], ids=["token 0", "spatial"])
 @pytest.mark.parametrize("variant", ["26m", "96m"])
-def test_fused_gradients_equal_plain_ones(variant: str, frozen: bool) -> None:
+def test_fused_gradients_equal_plain_ones(variant: str, spatial: bool, frozen: bool) -> None:
     """Also where a model in training keeps its norms frozen: there they are folded, differentiably."""
     gradients = []
     for use_fused in (False, True):
-        model = recipe_model(variant, use_fused=use_fused).train()
+        model = recipe_model(variant, use_fused=use_fused, spatial_dynamic_relu=spatial).train()
         if frozen:
             for module in model.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -239,3 +241,22 @@ def test_fused_gradients_equal_plain_ones(variant: str, frozen: bool) -> None:
     scale = max(g.abs().max().item() for g in gradients[0].values())
     for key, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], expected, rtol=1e-7, atol=1e-11 * scale, msg=key)
+
+
+def test_slopes_by_position_are_fused_in_training_and_in_evaluation() -> None:
+    """By the operator that makes them, beside the others and the joined ones of inference; nothing falls back."""
+    model, x = Model("52m", num_classes=2, spatial_dynamic_relu=True), torch.randn(2, 3, 32, 32)
+
+    def kernels(record: mf_kernels.KernelRecord) -> dict[str, int]:
+        assert all(":native:" in name for name in record.counts)
+        return {name.split(":")[0]: count for name, count in record.counts.items()}
+
+    with mf_kernels.record_kernels() as record:
+        model(x).sum().backward()
+    counts, blocks = kernels(record), 8
+    assert counts["spatial_dynamic_relu_fwd"] == counts["spatial_dynamic_relu_bwd"] == 2 * blocks
+    with torch.no_grad(), mf_kernels.record_kernels() as record:
+        model.eval()(x)
+    counts = kernels(record)
+    assert counts["spatial_dynamic_relu_fwd"] == 2 * blocks
+    assert counts["token_side"] == counts["former_to_mobile_fwd"] == blocks

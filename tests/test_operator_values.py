@@ -34,6 +34,19 @@ def rising(t: Tensor) -> Tensor:
     return torch.linspace(1, 2, t.numel(), dtype=t.dtype).view_as(t)
 
 
+def slopes_call(op: str, x: Tensor, theta: Tensor) -> tuple[Case, Results]:
+    """A call that is dynamic_relu(x, theta) to the bit: by position, of two tokens all counts for the first one."""
+    inputs = {"x": x, "theta": theta}
+    if op == "spatial_dynamic_relu":
+        B, _, H, W = x.shape
+        inputs["theta"] = torch.stack([theta, theta.flip(1)], 1)
+        inputs["alpha"] = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).repeat(B, 1, H, W)
+    return of(op, inputs), inputs
+
+
+every_relu = pytest.mark.parametrize("op", ["dynamic_relu", "spatial_dynamic_relu"])
+
+
 def assert_same_kinds(case: Case, backend: Backend, inputs: Results, told: object) -> None:
     """NaN, inf and -inf where the reference has them; everything else close to it."""
     actual = backend.evaluate(case, inputs, case.d_output(FLOAT32))["output"]
@@ -72,11 +85,11 @@ def test_any_bits_of_nan_are_nan(op: str, backend: Backend) -> None:
 
 
 @every_backend
-def test_slope_zero_times_infinity_is_nan(backend: Backend) -> None:
+@every_relu
+def test_slope_zero_times_infinity_is_nan(op: str, backend: Backend) -> None:
     """theta2 = 0 is a second slope of 0: 0 times inf is NaN, and the maximum with NaN is NaN."""
     for value in (INF, -INF):
-        inputs = {"x": torch.full((1, 1, 3, 7), value), "theta": torch.zeros(1, 2)}
-        case = of("dynamic_relu", inputs)
+        case, inputs = slopes_call(op, torch.full((1, 1, 3, 7), value), torch.zeros(1, 2))
         assert backend.evaluate(case, inputs, case.d_output(FLOAT32))["output"].isnan().all()
 
 
@@ -186,9 +199,11 @@ def by_group(case: Case, name: str, t: Tensor) -> Tensor:
     channels = case.shapes["x"][1]
     if name.endswith(("weight", "bias")):
         return t.reshape(1, channels, -1)
-    if t.dim() == 2:  # theta
-        t = t.unflatten(1, (2, channels))
-    if t.dim() == 3:  # tokens, and theta
+    if name.endswith("alpha"):  # what all channels of a position share
+        return t.flatten(1)[:, None].expand(-1, channels, -1)
+    if name.endswith("theta"):
+        t = t.unflatten(-1, (2, channels)).movedim(-1, 1)
+    elif t.dim() == 3:  # tokens
         t = t.movedim(2, 1)
     return t.reshape(t.shape[0], case.options.get("num_heads", channels), -1)
 
@@ -209,7 +224,8 @@ def test_nan_stays_in_its_sample_and_channel(case: Case, backend: Backend) -> No
             for result in results[0]:
                 clean, dirty = (by_group(case, result, r[result]) for r in results)
                 others = torch.ones(clean.shape[:2], dtype=torch.bool)
-                others[0 if index.shape[0] > 1 else slice(None), 1] = False
+                shared = "alpha" in name or "alpha" in result
+                others[0 if index.shape[0] > 1 else slice(None), slice(None) if shared else 1] = False
                 assert torch.equal(dirty[others], clean[others]), f"{layout}: NaN in {name}: {result}"
 
 
@@ -261,23 +277,26 @@ def test_corners_all_over_a_map(activation: str, corners: tuple[float, float], b
 
 
 @every_backend
-def test_dynamic_relu_at_the_corners(backend: Backend) -> None:
-    case, inputs = slopes_support.dynamic_relu_row()
+@every_relu
+def test_dynamic_relu_at_the_corners(op: str, backend: Backend) -> None:
+    case, inputs = slopes_call(op, *slopes_support.dynamic_relu_row())
     assert_as_the_reference(backend, case, inputs, torch.full(case.output_shape, 2.0))
 
 
 @every_backend
-def test_slopes_at_the_ends_of_their_range(backend: Backend) -> None:
+@every_relu
+def test_slopes_at_the_ends_of_their_range(op: str, backend: Backend) -> None:
     """theta of exactly -3 and 3, where torch.clamp passes the gradient, and the next floats beyond."""
     ends = torch.tensor([-3.0, 3.0])
     beyond = torch.nextafter(ends, 10 * ends)
     theta = torch.cartesian_prod(torch.cat([ends, beyond]), torch.cat([ends, beyond])).T.reshape(1, 32)
-    inputs = {"x": torch.randn(1, 16, 3, 5, generator=torch.Generator().manual_seed(5)), "theta": theta}
-    assert_as_the_reference(backend, of("dynamic_relu", inputs), inputs, rising(inputs["x"]))
+    case, inputs = slopes_call(op, torch.randn(1, 16, 3, 5, generator=torch.Generator().manual_seed(5)), theta)
+    assert_as_the_reference(backend, case, inputs, rising(inputs["x"]))
 
 
 @every_backend
-def test_two_equal_lines_share_the_gradient(backend: Backend) -> None:
+@every_relu
+def test_two_equal_lines_share_the_gradient(op: str, backend: Backend) -> None:
     """x = 0, and a1 = a2 (theta1 = -3/2 and theta2 = 3/2, both slopes 1/2), as torch.maximum."""
     generator = torch.Generator().manual_seed(6)
     equal = torch.cat([torch.full((2, 5), -1.5), torch.full((2, 5), 1.5)], dim=1)
@@ -287,9 +306,8 @@ def test_two_equal_lines_share_the_gradient(backend: Backend) -> None:
         (torch.tensor([0.0, -1.0, 2.0, 0.0]).view(1, 2, 1, 2), torch.tensor([[0.0, 0.5, 3.0, 0.25]])),
     ):
         for layout in testing.LAYOUTS[:2]:
-            inputs = {"x": testing.in_layout(x, layout), "theta": theta}
-            d_output = testing.in_layout(rising(x), layout)
-            assert_as_the_reference(backend, of("dynamic_relu", inputs), inputs, d_output)
+            case, inputs = slopes_call(op, testing.in_layout(x, layout), theta)
+            assert_as_the_reference(backend, case, inputs, testing.in_layout(rising(x), layout))
 
 
 @every_backend
@@ -307,13 +325,15 @@ def test_nan_beside_ties_of_the_dynamic_relu(backend: Backend) -> None:
 
 
 @every_backend
-def test_a_clamped_slope_has_no_gradient_whatever_x_is(backend: Backend) -> None:
-    case = SMALL["dynamic_relu"]
+@every_relu
+def test_a_clamped_slope_has_no_gradient_whatever_x_is(op: str, backend: Backend) -> None:
     for value in (NAN, INF):
-        x, theta = case.inputs(FLOAT32).values()
+        x, theta = SMALL["dynamic_relu"].inputs(FLOAT32).values()
         x[:, :, 1, 2] = value
         theta[:, ::2], theta[:, 1::2] = 4, 0.5
-        d_theta = backend.evaluate(case, {"x": x, "theta": theta}, torch.ones_like(x))["d_theta"]
+        case, inputs = slopes_call(op, x, theta)
+        d_theta = backend.evaluate(case, inputs, torch.ones_like(x))["d_theta"]
+        d_theta = d_theta[:, 0] if d_theta.dim() == 3 else d_theta
         assert (d_theta[:, ::2] == 0).all(), value
         assert not d_theta[:, 1::2].isfinite().any(), value
 

@@ -157,7 +157,8 @@ def test_timed_rows_are_layers_of_the_model(variant: str, monkeypatch: pytest.Mo
     # In training the model calls it through this one, which has a name of its own for it
     monkeypatch.setattr("mf_kernels.ops.batch_norm_activation.dynamic_relu", spy("dynamic_relu"))
     with torch.device("meta"):
-        Model(variant)(torch.empty(2, 3, 224, 224))
+        for spatial in (False, True):
+            Model(variant, spatial_dynamic_relu=spatial)(torch.empty(2, 3, 224, 224))
         rows = [case for case in testing.TIMED if variant in case.layer_of]
         timed = {signature(c.op, *map(torch.empty, c.shapes.values()), **c.options) for c in rows}
     assert {op for op, *_ in timed} == set(OPS)

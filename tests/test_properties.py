@@ -38,6 +38,9 @@ def calls(draw: st.DrawFn, op: str) -> tuple[testing.Case, dict[str, Tensor], Te
     if op == "dynamic_relu":
         C = draw(st.integers(1, 70))
         shapes = {"x": (B, C, H, W), "theta": (B, 2 * C)}
+    elif op == "spatial_dynamic_relu":
+        C, M = draw(st.integers(1, 70)), draw(st.integers(1, 8))
+        shapes = {"x": (B, C, H, W), "theta": (B, M, 2 * C), "alpha": (B, M, H, W)}
     elif op == "depthwise_conv2d":
         C, mult, K = draw(st.integers(1, 20)), draw(st.integers(1, 6)), draw(st.sampled_from((3, 5)))
         shapes = {"x": (B, C, H, W), "weight": (C * mult, 1, K, K)}
@@ -95,6 +98,12 @@ def test_former_to_mobile(call) -> None:
 @EXAMPLES
 @given(calls("dynamic_relu"))
 def test_dynamic_relu(call) -> None:
+    check(call)
+
+
+@EXAMPLES
+@given(calls("spatial_dynamic_relu"))
+def test_spatial_dynamic_relu(call) -> None:
     check(call)
 
 

@@ -39,6 +39,7 @@ def token_parameters() -> list[Tensor]:
 TOKENS = random(1, 2, 4, seed=1)
 THETA = random(1, 8, seed=2) * 3
 VECTORS = [random(4, seed=3), random(4, seed=4), random(4, seed=5), random(4, seed=6).square() + 0.5]
+THETAS, ALPHA = random(1, 2, 8, seed=10) * 3, random(1, 2, 3, 4, seed=11).softmax(1)
 X = random(1, 4, 3, 4, seed=7)
 
 
@@ -102,6 +103,8 @@ CASES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "former_to_mobile_": (in_place("former_to_mobile_"), (X, TOKENS, TOKENS + 1)),
     "dynamic_relu": (by_name("dynamic_relu"), (X, THETA)),
     "dynamic_relu_": (in_place("dynamic_relu_"), (X, THETA)),
+    "spatial_dynamic_relu": (by_name("spatial_dynamic_relu"), (X, THETAS, ALPHA)),
+    "spatial_dynamic_relu_": (in_place("spatial_dynamic_relu_"), (X, THETAS, ALPHA)),
     "depthwise_conv2d": (by_name("depthwise_conv2d"), (X, WEIGHT, VECTORS[0])),
     "depthwise_dynamic_relu": (joined_relu, (X, WEIGHT, THETA)),
     "fold_batch_norm": (fold, (WEIGHT, *VECTORS)),

@@ -58,6 +58,10 @@ def _settings(B: int, capability: tuple[int, int]) -> list[tuple[str, tuple[int,
                     outputs, (OH, OW) = case.shapes["weight"][0], case.output_shape[2:]
                     s = _settings.depthwise(B, outputs, OH, OW, channels_last, dtype == torch.float32, capability)
                     assert s.tiles == B * -(-OH // s.block_h) * -(-OW // s.block_w)
+                elif case.op == "spatial_dynamic_relu":
+                    s = _settings.spatial_gradient(B, C, H * W, capability)
+                    assert s.splits * s.tiles * s.block_l >= H * W > (s.splits - 1) * s.tiles * s.block_l
+                    assert s.chunks * s.block_c >= C > (s.chunks - 1) * s.block_c
                 else:
                     N = case.options["num_heads"]
                     s = _settings.attention(

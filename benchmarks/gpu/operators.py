@@ -34,6 +34,7 @@ TARGETS = {
     "mobile_to_former": {"forward": 0.85, "backward": 0.75},
     "former_to_mobile": {"forward": 0.85, "backward": 0.75},
     "dynamic_relu": {"forward": 0.90, "backward": 0.85},
+    "spatial_dynamic_relu": {"forward": 0.80, "backward": 0.60},
     "depthwise_conv2d": {"forward": 0.75, "backward": 0.60},
 }
 
@@ -49,10 +50,10 @@ class DeviceCase(testing.Case):
     ) -> dict[str, Tensor]:
         generator = torch.Generator(self.device).manual_seed(seed)
         spreads = {"theta": 2.0, "weight": 2.0 / self.shapes.get("weight", (1,))[-1]}
-        return {
-            name: testing.in_layout(self._draw(shape, generator, spreads.get(name, 1.0)).to(dtype), layout)
-            for name, shape in self.shapes.items()
-        }
+        drawn = {name: self._draw(shape, generator, spreads.get(name, 1.0)) for name, shape in self.shapes.items()}
+        if "alpha" in drawn:
+            drawn["alpha"] = drawn["alpha"].softmax(1)
+        return {name: testing.in_layout(values.to(dtype), layout) for name, values in drawn.items()}
 
     def d_output(
         self, dtype: torch.dtype, *, layout: str = "contiguous", seed: int = 0, device: str | None = None

@@ -31,14 +31,15 @@ Job = tuple[testing.Case, torch.dtype, bool, int]  # row, dtype, channels_last, 
 def layers(variant: str, side: int) -> list[testing.Case]:
     """Every call of an operator in a network, in training and in evaluation, as rows.
 
-    Where no operator runs, all that join others come down to the reference of the four: there they are seen.
+    Where no operator runs, all that join others come down to the references: there they are seen.
     """
     found: dict[str, testing.Case] = {}
     originals = {op: getattr(reference, op) for op in operators.TARGETS}
 
     def spy(op: str) -> Callable[..., Tensor]:
         def call(*arguments: Tensor | None, **options: Any) -> Tensor:
-            names = {"mobile_to_former": "xq", "former_to_mobile": "xkv", "dynamic_relu": ("x", "theta")}
+            names = {"mobile_to_former": "xq", "former_to_mobile": "xkv", "dynamic_relu": ("x", "theta"),
+                     "spatial_dynamic_relu": ("x", "theta", "alpha")}  # fmt: skip
             named = zip(names.get(op, ("x", "weight", "bias")), arguments, strict=False)
             shapes = {name: tuple(tensor.shape) for name, tensor in named if tensor is not None}
             case = testing.Case(op, variant, shapes, "layer", _all_options(op, options))
@@ -65,7 +66,7 @@ def _all_options(op: str, options: dict[str, Any]) -> dict[str, Any]:
     """In the order in which the launchers take them."""
     if op == "depthwise_conv2d":
         return {"stride": options.get("stride", 1), "activation": options.get("activation", "hardswish")}
-    return {"num_heads": options.get("num_heads", 2)} if op != "dynamic_relu" else {}
+    return {} if op.endswith("dynamic_relu") else {"num_heads": options.get("num_heads", 2)}
 
 
 def jobs(side: int) -> list[list[Job]]:

@@ -17,4 +17,15 @@ void take_slopes(Accumulator<T>* slopes, const T* theta, int64_t B, int64_t C) {
   }
 }
 
+// slopes[r] = a1 of all channels, then a2, from theta (rows, 2C)
+template <class T>
+void take_token_slopes(Accumulator<T>* slopes, const T* theta, int64_t rows, int64_t C) {
+  for (int64_t r = 0; r < rows; ++r, slopes += 2 * C, theta += 2 * C) {
+    for (int64_t c = 0; c < C; ++c) {
+      slopes[c] = dynamic_relu_slope1(to_accumulator(theta[c]));
+      slopes[C + c] = dynamic_relu_slope2(to_accumulator(theta[C + c]));
+    }
+  }
+}
+
 }  // namespace mf

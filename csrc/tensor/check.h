@@ -117,6 +117,17 @@ class Arguments {
     tensor(name, t, {x.size(0), t.size(1), x.size(1)});
   }
 
+  // theta (B, M, 2C) of x's batch and channels, M from 1 to 8, and alpha (B, M, H, W) of x's positions
+  MF_CHECK void spatial_slopes(const Tensor& x, const Tensor& theta, const Tensor& alpha) const {
+    rank("theta", theta, 3, "(B, M, 2C)");
+    const int64_t M = theta.size(1);
+    if (M < 1 || M > MAX_TOKENS) {
+      refuse(op, "theta", "(B, M, 2C) with M from 1 to ", MAX_TOKENS, ", got ", shape_text(theta.sizes()));
+    }
+    tensor("theta", theta, {x.size(0), M, 2 * x.size(1)});
+    tensor("alpha", alpha, {x.size(0), M, x.size(2), x.size(3)});
+  }
+
   // weight (C*mult, 1, K, K), K 3 or 5, bias (C*mult), stride 1 or 2
   MF_CHECK void depthwise(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                           int64_t stride) const {

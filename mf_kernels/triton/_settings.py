@@ -134,6 +134,29 @@ def attention(
     return Attention(block_l, block_e, chunks, depth, ceil_div(all_tiles, splits), splits, num_warps, 2)
 
 
+class SpatialGradient(NamedTuple):
+    """As `Attention`, of all channels as one head."""
+
+    block_l: int
+    block_c: int  # more channels are cut into `chunks`
+    chunks: int
+    tokens: int
+    tiles: int  # of block_l positions in each split
+    splits: int
+    num_warps: int
+
+
+def spatial_gradient(B: int, C: int, L: int, capability: tuple[int, int]) -> SpatialGradient:
+    """Of a spatial dynamic ReLU's backward pass: a tile has two slopes, a chunk two sums for every token."""
+    block_c = block_of(C, (32, 64)) if C > 16 else 16
+    chunks = ceil_div(C, block_c)
+    block_l = max(16, min(1024 // block_c, power_of_two(L)))  # twice of it spills
+    all_tiles = ceil_div(L, block_l)
+    splits = splits_of(all_tiles, B * chunks, 4 * multiprocessors(capability), 128)
+    num_warps = 4 if block_l * block_c >= 1024 else 2
+    return SpatialGradient(block_l, block_c, chunks, 16, ceil_div(all_tiles, splits), splits, num_warps)
+
+
 class Depthwise(NamedTuple):
     """A tile of channels, rows and columns, and how many tiles of positions the whole batch has."""
 

@@ -23,6 +23,7 @@ from mobileformer.network.layers import (
     Former,
     FormerToMobile,
     MobileToFormer,
+    token_mix,
 )
 from mobileformer.network.parts import are_plain, is_untouched, part, watched_globally
 
@@ -60,7 +61,8 @@ class TokenBlock(nn.Module):
     """What both blocks with tokens share: the inference forms of the operators, with `use_fused`.
 
     In evaluation BatchNorm is a constant, so the depthwise convolution, the norm and the activation behind it
-    are one operator, and all that the block computes on tokens alone is another. The numbers are the same.
+    are one operator, and all that the block computes on tokens alone is another. The numbers are the same. With
+    slopes by position the activation is an operator of its own, and the slopes of all tokens are made apart.
     """
 
     mobile_to_former: MobileToFormer
@@ -68,6 +70,7 @@ class TokenBlock(nn.Module):
     former_to_mobile: FormerToMobile
     use_fused: bool
     spatial_dynamic_relu: bool
+    stride: int
     drop_path: DropPath
     _shapes: list[torch.Size]
 
@@ -76,10 +79,9 @@ class TokenBlock(nn.Module):
     ) -> list[Tensor] | None:
         """The parameters of the token side in the operator's order, or None to go part by part.
 
-        None is: with slopes by position, which the operators do not know; in training, also where only a norm
-        is; and where a part is not what it was built as.
+        None is: in training, also where only a norm is; and where a part is not what it was built as.
         """
-        if not self.use_fused or self.training or self.spatial_dynamic_relu or watched_globally():
+        if not self.use_fused or self.training or watched_globally():
             return None
         bridge, former, outward = self.mobile_to_former, self.former, self.former_to_mobile
         if not (
@@ -107,10 +109,30 @@ class TokenBlock(nn.Module):
             return None
         return parameters
 
-    def token_side(self, x: Tensor, tokens: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-        """[new tokens, key, value, theta of every dynamic ReLU], all that the map needs of the tokens."""
-        gathered = mf_kernels.mobile_to_former(x, self.mobile_to_former.query(tokens), num_heads=BRIDGE_HEADS)
-        return mf_kernels.token_side(tokens, gathered, parameters, num_heads=FORMER_HEADS, eps=self.former.norm.eps)
+    def token_side(
+        self, x: Tensor, tokens: Tensor, parameters: list[Tensor], relus: tuple[DynamicReLU, ...]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """[new tokens, key, value, theta of every dynamic ReLU], all that the map needs of the tokens; and their mix.
+
+        Slopes by position come from all tokens, (B,M,2C) each, with the mix (B,M,H,W); else from token 0, without one.
+        """
+        query = self.mobile_to_former.query(tokens)
+        gathered = mf_kernels.mobile_to_former(x, query, num_heads=BRIDGE_HEADS)
+        of_slopes = 4 * len(relus) if self.spatial_dynamic_relu else 0  # weight and bias of two layers each
+        made = mf_kernels.token_side(
+            tokens,
+            gathered,
+            parameters[: len(parameters) - of_slopes],
+            num_heads=FORMER_HEADS,
+            eps=self.former.norm.eps,
+        )
+        if not self.spatial_dynamic_relu:
+            return made, None
+        return [*made, *(relu.logits(made[0]) for relu in relus)], token_mix(x, query, self.size_out(x))
+
+    def size_out(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of the maps that the block makes of x."""
+        return -(-x.shape[2] // self.stride), -(-x.shape[3] // self.stride)
 
     def _remember(self, *relus: DynamicReLU) -> None:
         """Keep the shapes that the token side was built with."""
@@ -164,10 +186,15 @@ def add_over(y: Tensor, x: Tensor) -> Tensor:
     return y + x if torch.is_grad_enabled() or x.dtype != y.dtype else y.add_(x)
 
 
-def depthwise_with_relu(depthwise: ConvNorm, x: Tensor, theta: Tensor) -> Tensor:
-    """Depthwise convolution, BatchNorm, dynamic ReLU in evaluation; two operators if shuffled between."""
-    if depthwise.shuffle > 1:
-        return mf_kernels.dynamic_relu_(depthwise.run_folded(x), theta)
+def relu_over(x: Tensor, theta: Tensor, mix: Tensor | None) -> Tensor:
+    """Dynamic ReLU, by position where there is a mix, written over x where no gradient will ask for it."""
+    return mf_kernels.dynamic_relu_(x, theta) if mix is None else mf_kernels.spatial_dynamic_relu_(x, theta, mix)
+
+
+def depthwise_with_relu(depthwise: ConvNorm, x: Tensor, theta: Tensor, mix: Tensor | None) -> Tensor:
+    """Depthwise convolution, BatchNorm, dynamic ReLU in evaluation; two operators if shuffled between or with a mix."""
+    if depthwise.shuffle > 1 or mix is not None:
+        return relu_over(depthwise.run_folded(x), theta, mix)
     weight, bias = depthwise.folded()
     return mf_kernels.depthwise_dynamic_relu(x, weight, bias, theta, stride=depthwise.stride)
 
@@ -188,6 +215,8 @@ def convolve_with_relu(conv: ConvNorm, relu: DynamicReLU, x: Tensor, tokens: Ten
 @part
 class SameBlock(TokenBlock):
     """Pointwise expansion, depthwise, pointwise, at the same resolution; skip where the width stays."""
+
+    stride = 1
 
     def __init__(
         self,
@@ -226,7 +255,7 @@ class SameBlock(TokenBlock):
             return self._infer(x, tokens, parameters)
         mix = None
         if self.spatial_dynamic_relu:
-            mix = self.mobile_to_former.token_mix(x, tokens, (x.shape[2], x.shape[3]))
+            mix = self.mobile_to_former.token_mix(x, tokens, self.size_out(x))
         tokens = self.former(self.mobile_to_former(x, tokens))
         y = convolve_with_relu(self.expand, self.expand_relu, x, tokens, mix)
         y = convolve_with_relu(self.depthwise, self.depthwise_relu, y, tokens, mix)
@@ -236,9 +265,10 @@ class SameBlock(TokenBlock):
         return self.former_to_mobile(y, tokens), tokens
 
     def _infer(self, x: Tensor, tokens: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
-        tokens, key, value, theta1, theta2 = self.token_side(x, tokens, parameters)
-        y = mf_kernels.dynamic_relu_(self.expand.run_folded(x), theta1)
-        y = self.project.run_folded(depthwise_with_relu(self.depthwise, y, theta2))
+        relus = (self.expand_relu, self.depthwise_relu)
+        (tokens, key, value, theta1, theta2), mix = self.token_side(x, tokens, parameters, relus)
+        y = relu_over(self.expand.run_folded(x), theta1, mix)
+        y = self.project.run_folded(depthwise_with_relu(self.depthwise, y, theta2, mix))
         y = add_over(y, x) if self.has_skip else y
         return mf_kernels.former_to_mobile_(y, key, value, num_heads=BRIDGE_HEADS), tokens
 
@@ -246,6 +276,8 @@ class SameBlock(TokenBlock):
 @part
 class DownBlock(TokenBlock):
     """Half the resolution: depthwise of stride 2, pointwise; then depthwise and pointwise inside a skip."""
+
+    stride = 2
 
     def __init__(
         self,
@@ -300,7 +332,7 @@ class DownBlock(TokenBlock):
             return self._infer(x, tokens, parameters)
         mix = None
         if self.spatial_dynamic_relu:
-            mix = self.mobile_to_former.token_mix(x, tokens, ((x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2))
+            mix = self.mobile_to_former.token_mix(x, tokens, self.size_out(x))
         tokens = self.former(self.mobile_to_former(x, tokens))
         y = convolve_with_relu(self.down, self.down_relu, x, tokens, mix)
         middle = self.squeeze(y)
@@ -309,7 +341,8 @@ class DownBlock(TokenBlock):
         return self.former_to_mobile(y, tokens), tokens
 
     def _infer(self, x: Tensor, tokens: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
-        tokens, key, value, theta1, theta2 = self.token_side(x, tokens, parameters)
-        middle = self.squeeze.run_folded(depthwise_with_relu(self.down, x, theta1))
-        y = add_over(self.project.run_folded(depthwise_with_relu(self.expand, middle, theta2)), middle)
+        relus = (self.down_relu, self.expand_relu)
+        (tokens, key, value, theta1, theta2), mix = self.token_side(x, tokens, parameters, relus)
+        middle = self.squeeze.run_folded(depthwise_with_relu(self.down, x, theta1, mix))
+        y = add_over(self.project.run_folded(depthwise_with_relu(self.expand, middle, theta2, mix)), middle)
         return mf_kernels.former_to_mobile_(y, key, value, num_heads=BRIDGE_HEADS), tokens

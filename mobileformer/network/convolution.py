@@ -29,7 +29,7 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 class KernelModule(nn.Module):
-    """A module whose heavy part is one of the four operators.
+    """A module whose heavy part is one of the operators.
 
     The operators are looked up per call rather than stored: a Python module can be neither copied nor
     pickled.

@@ -74,7 +74,7 @@ class DynamicReLU(KernelModule):
 
     theta = hsig(expand(relu(reduce(token)))), 2C values: the first C are theta1, the last C are theta2.
     One theta a sample, from token 0, shared by all positions; or, where `mix` is given, one theta a position:
-    theta_i = sum over tokens j of mix_ij theta_j.
+    theta_i = sum over tokens j of mix_ij theta_j. The mix has sum 1, so the slopes are mixed likewise.
     """
 
     def __init__(self, channels: int, token_dim: int, *, use_fused: bool) -> None:
@@ -86,8 +86,7 @@ class DynamicReLU(KernelModule):
         """x (B,C,H,W), tokens (B,M,D), mix (B,M,H,W) or None -> (B,C,H,W)."""
         if mix is None:
             return self.ops.dynamic_relu(x, self.logits(tokens[:, 0]))
-        theta1, theta2 = self.theta(tokens, mix).chunk(2, dim=1)
-        return torch.maximum(2 * theta1 * x, (2 * theta2 - 1) * x)
+        return self.ops.spatial_dynamic_relu(x, self.logits(tokens), mix)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(..., D) -> (..., 2C), before the hard sigmoid."""

@@ -3,6 +3,7 @@
 #include "cuda/attention.cuh"
 #include "cuda/depthwise_tiles.cuh"
 #include "cuda/dynamic_relu_kernels.cuh"
+#include "cuda/spatial_dynamic_relu_kernels.cuh"
 
 // `bytes` of a value; backward passes of sums take loads of at most 4 values, as their launchers do
 MF_EXPORT int64_t mf_blocks_of_attention(int bytes, int64_t B, int64_t C, int64_t L, int64_t M, int64_t N,
@@ -14,6 +15,11 @@ MF_EXPORT int64_t mf_blocks_of_attention(int bytes, int64_t B, int64_t C, int64_
 MF_EXPORT int64_t mf_blocks_of_dynamic_relu(int bytes, int64_t B, int64_t C, int64_t L, bool channels_last,
                                             bool backward) {
   return mf::plan_dynamic_relu(B, C, L, {bytes, true}, channels_last, backward).blocks;
+}
+
+MF_EXPORT int64_t mf_blocks_of_spatial_dynamic_relu(int bytes, int64_t B, int64_t C, int64_t L, int64_t M,
+                                                    bool channels_last, bool) {
+  return mf::plan_spatial_dynamic_relu(B, C, L, M, {bytes, true}, channels_last).p.blocks;
 }
 
 MF_EXPORT int64_t mf_blocks_of_depthwise(int bytes, int64_t B, int64_t C, int64_t H, int64_t W, int64_t O, int64_t K,

@@ -12,6 +12,7 @@
 #include "cuda/dynamic_relu_kernels.cuh"
 #ifndef MF_PLANTED  // the two kernels that carry a planted fault are enough to show that it is seen
 #include "cuda/former_to_mobile_kernels.cuh"
+#include "cuda/spatial_dynamic_relu_kernels.cuh"
 #include "cuda/depthwise_conv2d_kernels.cuh"
 #endif
 
@@ -148,6 +149,31 @@ void former_to_mobile(int64_t B, int64_t C, int64_t L, int64_t M, int64_t N, boo
   compare("former_to_mobile", loops, {x, k, v}, y, d_y, {d_x, d_k, d_v});
 }
 
+void spatial_dynamic_relu(int64_t B, int64_t C, int64_t L, int64_t M, bool channels_last) {
+  const Floats x = random_values(B * C * L), theta = random_values(B * M * 2 * C, 2), alpha = random_values(B * M * L);
+  const Floats d_y = random_values(x.size());
+  Floats y(x.size()), d_x(x.size()), d_theta(theta.size()), d_alpha(alpha.size());
+  mf::launch_spatial_dynamic_relu(y.data(), x.data(), theta.data(), alpha.data(), B, C, L, M, channels_last, nullptr);
+  mf::launch_spatial_dynamic_relu_backward(d_x.data(), d_theta.data(), d_alpha.data(), d_y.data(), x.data(),
+                                           theta.data(), alpha.data(), B, C, L, M, channels_last, Memory(), nullptr);
+  const auto loops = [&](const Arguments& in) {
+    Doubles out(x.size());
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t c = 0; c < C; ++c)
+        for (int64_t l = 0; l < L; ++l) {
+          const int64_t i = at(channels_last, b, c, l, C, L);
+          double slope1 = 0, slope2 = 0;
+          for (int64_t m = 0; m < M; ++m) {
+            const double weight = in[2][(b * M + m) * L + l], *row = &in[1][(b * M + m) * 2 * C];
+            slope1 += weight * mf::dynamic_relu_slope1(row[c]), slope2 += weight * mf::dynamic_relu_slope2(row[C + c]);
+          }
+          out[i] = std::max(slope1 * in[0][i], slope2 * in[0][i]);
+        }
+    return out;
+  };
+  compare("spatial_dynamic_relu", loops, {x, theta, alpha}, y, d_y, {d_x, d_theta, d_alpha});
+}
+
 void depthwise_conv2d(int64_t B, int64_t C, int64_t H, int64_t W, int64_t mult, int64_t K, int64_t S,
                       mf::Activation activation, bool channels_last) {
   const auto s = mf::depthwise_shape(B, C, H, W, C * mult, K, S, channels_last);
@@ -194,6 +220,10 @@ int main() {
   former_to_mobile(1, 132, 5, 4, 1, false);
   former_to_mobile(1, 24, 20, 3, 2, true);
   former_to_mobile(1, 6, 5, 6, 2, true);
+  spatial_dynamic_relu(1, 12, 70, 3, true);
+  spatial_dynamic_relu(1, 136, 4, 6, true);
+  spatial_dynamic_relu(1, 16, 36, 8, false);
+  spatial_dynamic_relu(2, 3, 15, 6, true);
   using mf::Activation;
   depthwise_conv2d(1, 8, 5, 4, 1, 3, 1, Activation::hardswish, true);
   depthwise_conv2d(1, 8, 6, 5, 1, 3, 2, Activation::identity, true);
