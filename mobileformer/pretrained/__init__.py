@@ -1,7 +1,9 @@
 """Weights that come with the package, and a few images they have never been trained on. Needs Pillow, not torch.
 
-52m-fashion-mnist.safetensors   Mobile-Former 52M, one channel, ten classes, values in half precision
-fashion-mnist-test.png          the first twelve images of the test set, whatever the network makes of them
+52m-fashion-mnist.safetensors           Mobile-Former 52M, one channel, ten classes, values in half precision
+fashion-mnist-test.png                  the first twelve images of the test set, whatever the network makes of them
+26m-retinanet-clothes.safetensors       RetinaNet on 26M, the same classes on photos, values in half precision
+clothes-on-photos-test.png, .json       twelve images of its test set, and the boxes that are there
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from PIL import Image
 
 __all__ = ["sample_images", "shipped_weights"]
 
+_WEIGHTS = {"classification": "52m-fashion-mnist.safetensors", "detection": "26m-retinanet-clothes.safetensors"}
 _SIDE = 28
 # The test set's own labels, in the classes' names.
 _SHOWN = (
@@ -21,9 +24,18 @@ _SHOWN = (
 )  # fmt: skip
 
 
-def shipped_weights() -> Path:
-    """Path of the weights in the package: 52m for Fashion-MNIST, trained by its `fashion-mnist` recipe."""
-    with as_file(files(__name__).joinpath("52m-fashion-mnist.safetensors")) as path:
+def shipped_weights(task: str = "classification") -> Path:
+    """Path of the weights in the package for a task.
+
+    classification: 52m for Fashion-MNIST, trained by its `fashion-mnist` recipe. detection: RetinaNet on 26m for the
+    set of `make-detection-data`, trained by `retinanet-tiny`.
+
+    Raises FileNotFoundError where there are none.
+    """
+    name = _WEIGHTS.get(task, f"weights for {task}")
+    with as_file(files(__name__).joinpath(name)) as path:
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: not in this package")
         return path
 
 
