@@ -16,9 +16,10 @@ from mobileformer.visualize.boxes import SHEET_SIDE, draw_box_sheet, draw_boxes
 __all__ = ["Query", "draw_queries"]
 
 _LEGEND = (
-    "The grey photo is where the look is even, bright is up to 16 times as much, dark as little; a cross is the point "
-    "from which the query tells its box."
+    "Bright: up to 16 times as much as an even look would give, dark: a quarter of it or less; a cross: the point from "
+    "which the query tells its box"
 )
+_DARKEST = -2  # log2 of a weight over the even one
 _ARM = 8  # pixels of a cross
 
 
@@ -65,7 +66,8 @@ def draw_queries(photo: Image.Image, queries: Sequence[Query], names: Sequence[s
     base = shades.underlay(np.asarray(small))
     pictures, captions = [_boxed(small, queries, names, scale)], [f"the {len(queries)} surest queries"]
     for query in queries:
-        logs = shades.relative(query.attention, 1 / query.attention.size)
+        # No darker than that: queries look at little, and the photo is to be seen
+        logs = np.maximum(shades.relative(query.attention, 1 / query.attention.size), _DARKEST)
         picture = Image.fromarray(shades.laid(base, logs, cells=query.cells))
         picture = _boxed(picture, [query], names, scale)
         _cross(picture, (query.point * scale).tolist())
