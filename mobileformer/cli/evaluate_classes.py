@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from mobileformer.cli.output import CommandError, note, print_table, progress
-from mobileformer.cli.weights import open_predictor, read_labels
+from mobileformer.cli.weights import open_predictor, read_labels, warnings_told
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ def run(
     """What `--json` prints. Raises CommandError, and BadParameter for options that do not go together."""
     import torch
 
-    from mobileformer.data import DataError, evaluation_batches, open_source
+    from mobileformer.data import DataError, evaluation_batches, open_source, sources
     from mobileformer.data.base import place
     from mobileformer.evaluation.accuracy import evaluate as count
     from mobileformer.evaluation.classes import EvaluationError, order_of_classes
@@ -51,7 +51,8 @@ def run(
     metadata, view = next(iter(predictors.values())).metadata, next(iter(predictors.values())).view
     names = read_labels(labels, metadata.num_classes) if labels is not None else metadata.labels
     try:
-        source = open_source(data, split, channels=metadata.in_chans, partial=True)
+        with warnings_told(sources.__name__):
+            source = open_source(data, split, channels=metadata.in_chans, partial=True)
         present = getattr(source, "present", None)
         order = order_of_classes(source.classes, names, metadata.num_classes, present=present)
         loaded = evaluation_batches(source, _transform(predictors, view), batch_size=batch, workers=workers)
