@@ -271,4 +271,4 @@ def test_boxes_are_drawn_where_they_are(tmp_path: Path) -> None:
     assert (np.asarray(nothing) == 128).all()
     draw_box_sheet([picture] * 5, ["one", "two", "three", "four", "five"], "five", tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as sheet:
-        assert sheet.size == (16 + 4 * 400, 84 + 2 * 422)
+        assert sheet.size == (16 + 4 * 400, 84 + 2 * (192 + 38))

@@ -18,6 +18,7 @@ from mobileformer.cli import (
     bench,
     convert,
     demo,
+    detect,
     evaluate,
     export,
     info,
@@ -54,7 +55,8 @@ class Commands(TyperGroup):
 app = typer.Typer(
     name="mobileformer",
     cls=Commands,
-    help="Mobile-Former, exact and fused: train, classify images, see what it attends to, measure, convert, export.",
+    help="Mobile-Former, exact and fused: train, classify images, detect objects, see what it attends to, measure, "
+    "convert, export.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # a traceback goes into a bug report: whole, and without values
 )
@@ -84,6 +86,7 @@ app.command("info")(info.info)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("detect")(detect.detect)
 app.command("visualize")(visualize.visualize)
 app.command("bench")(bench.bench)
 app.command("convert")(convert.convert)

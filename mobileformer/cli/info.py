@@ -30,7 +30,8 @@ def info(
         elif weights is None:
             _show(report)
         else:
-            print_table("", ("what", "is"), [(key, _cell(value)) for key, value in report.items()])
+            rows = {key: value for key, value in report.items() if key != "arguments"} | (report["arguments"] or {})
+            print_table("", ("what", "is"), [(key, _cell(value)) for key, value in rows.items()])
 
 
 def describe() -> dict[str, Any]:
@@ -61,14 +62,15 @@ def describe() -> dict[str, Any]:
 
 def describe_weights(path: Path) -> dict[str, Any]:
     """What a weight file says of itself, as plain data; what it does not say is None. Raises CommandError."""
-    from mobileformer import WeightsError, read_metadata
+    from mobileformer import WeightsError
     from mobileformer.inference import folded
     from mobileformer.weights.checkpoint import open_weights, read_header
+    from mobileformer.weights.detectors import backbone_metadata
 
     try:
         header = read_header(path)
         is_folded = header.get("format") == folded.FORMAT
-        metadata = folded.FoldedNetwork.load(path).metadata if is_folded else read_metadata(path)
+        metadata = folded.FoldedNetwork.load(path).metadata if is_folded else backbone_metadata(path)
         contents = open_weights(path)
     except (WeightsError, OSError) as error:
         raise CommandError(str(error)) from error
@@ -86,16 +88,20 @@ def describe_weights(path: Path) -> dict[str, Any]:
         "form": form,
         "bytes": path.stat().st_size,
         "values": sum(value.numel() for value in state.values()),
+        "parameters": sum(value.numel() for key, value in state.items() if not key.endswith(_STATISTICS)),
         "dtype": ", ".join(dtypes),
         **asdict(metadata),
     }
+
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm, which nothing trains
 
 
 def _cell(value: object) -> str:
     """A value for people: lists without brackets, None as a word."""
     if value is None:
         return "not told"
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _count_parameters(variant: str) -> int:

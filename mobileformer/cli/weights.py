@@ -19,18 +19,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mobileformer import Metadata, Model
-    from mobileformer.prediction import Predictor
+    from mobileformer.prediction import DetectionPredictor, Predictor
 
 __all__ = [
+    "ShortSideOption",
     "SizeOption",
     "WeightsOption",
     "check_threads_option",
     "chosen_weights",
+    "open_detector",
     "open_metadata",
     "open_model",
     "open_predictor",
     "photo_tensor",
     "read_labels",
+    "task_of",
+    "warnings_told",
 ]
 
 WeightsOption = Annotated[
@@ -45,16 +49,45 @@ SizeOption = Annotated[
         min=32, max=MAX_SIZE, help="Side of the square the network sees, in pixels; else what the weight file says."
     ),
 ]
+ShortSideOption = Annotated[
+    int | None,
+    typer.Option(
+        min=32,
+        max=MAX_SIZE,
+        help="Short side that an image is resized to for a detector, side of the square that a classifier sees, in "
+        "pixels; else what the weight file says.",
+    ),
+]
 
 
-def chosen_weights(weights: Path | None) -> Path:
-    """The file that was given, or the package's own, which is then told: they know ten kinds of clothing alone."""
+_SHIPPED = {
+    "classification": "the 52m in the package, trained on Fashion-MNIST, ten kinds of clothing on black",
+    "detection": "the RetinaNet-26m in the package, trained on ten kinds of clothing on photos of 128 x 128 pixels",
+}
+
+
+def chosen_weights(weights: Path | None, task: str = "classification") -> Path:
+    """The file that was given, or the package's own for the task, which is then told: they know ten kinds of clothing.
+
+    Raises CommandError where the package has none.
+    """
     from mobileformer.pretrained import shipped_weights
 
     if weights is not None:
         return weights
-    note("without --weights: the 52m in the package, trained on Fashion-MNIST, ten kinds of clothing on black")
-    return shipped_weights()
+    try:
+        found = shipped_weights(task)
+    except FileNotFoundError as error:
+        raise CommandError(f"--weights: expected a file for the task {task}: {error}") from error
+    note(f"without --weights: {_SHIPPED[task]}")
+    return found
+
+
+def task_of(weights: Path | None, asked: str | None) -> str:
+    """The task that was asked for, else the one that a weight file says it is of, else classification."""
+    from mobileformer.files.safetensors import stated_task
+
+    return asked or ("classification" if weights is None else stated_task(weights))
 
 
 def open_metadata(path: Path) -> Metadata:
@@ -98,6 +131,19 @@ def open_predictor(weights: Path, **options: Any) -> Predictor:
     except DeviceError as error:
         raise CommandError(f"--{error}") from error
     except (WeightsError, EngineError, OSError) as error:
+        raise CommandError(str(error)) from error
+
+
+def open_detector(weights: Path, **options: Any) -> DetectionPredictor:
+    """A `DetectionPredictor` of a weight file. options: those that it takes. Raises CommandError."""
+    from mobileformer import WeightsError
+    from mobileformer.prediction import DetectionPredictor, DeviceError
+
+    try:
+        return DetectionPredictor(weights, **options)
+    except DeviceError as error:
+        raise CommandError(f"--{error}") from error
+    except (WeightsError, OSError) as error:
         raise CommandError(str(error)) from error
 
 

@@ -21,7 +21,7 @@ from mobileformer.data.base import DataError
 from mobileformer.data.image import ImageError
 from mobileformer.data.transforms import ImageTransform
 
-__all__ = ["Batch", "LabelledImages", "Transform", "assemble", "in_processes", "over_samples"]
+__all__ = ["Batch", "LabelledImages", "Transform", "assemble", "class_of", "in_processes", "over_samples"]
 
 
 @dataclass
@@ -74,11 +74,7 @@ class LabelledImages:
         self, sample: tuple[Image.Image, int], rng: np.random.Generator
     ) -> tuple[npt.NDArray[np.float32], int]:
         image, label = sample
-        if isinstance(label, Mapping):
-            raise DataError(
-                f"the targets of these images are no classes but have {', '.join(label)}: another task's data"
-            )
-        return self.image(image, rng), label
+        return self.image(image, rng), class_of(label)
 
     def collate(self, samples: Iterable[tuple[npt.NDArray[np.float32], int]], most: int) -> tuple[Tensor, Tensor]:
         x = np.empty((most, *self.image.shape), np.float32)
@@ -87,6 +83,13 @@ class LabelledImages:
             x[len(labels)] = pixels
             labels.append(label)
         return torch.from_numpy(x[: len(labels)]), torch.tensor(labels, dtype=torch.int64)
+
+
+def class_of(target: Any) -> int:
+    """A sample's target where that is a class. Raises DataError for another task's, which say what they have."""
+    if isinstance(target, Mapping):
+        raise DataError(f"the targets of these images are no classes but have {', '.join(target)}: another task's data")
+    return target
 
 
 def over_samples(transform: Transform | ImageTransform) -> Transform:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobileformer.evaluation.classes import EvaluationError
+from mobileformer.evaluation.classes import Broken, EvaluationError
 
 if TYPE_CHECKING:
     from mobileformer.data.batch import Batch
@@ -197,23 +197,6 @@ class _Counts:
         return Score(self.confusion.numpy(), self.top5.numpy(), self.tally, self.seconds)
 
 
-@dataclass(eq=False)
-class _Broken:
-    """Images that could not be read, up to a limit."""
-
-    limit: int
-    messages: list[str] = field(default_factory=list)
-
-    def add(self, messages: Sequence[str]) -> None:
-        self.messages += messages
-        if len(self.messages) > self.limit:
-            named = "".join(f"\n  {message}" for message in self.messages[:10])
-            more = f"\n  and {len(self.messages) - 10} more" if len(self.messages) > 10 else ""
-            raise EvaluationError(
-                f"max_broken: {len(self.messages)} images could not be read, more than {self.limit}{named}{more}"
-            )
-
-
 @torch.no_grad()
 def evaluate(
     networks: Mapping[str, Network],
@@ -244,7 +227,7 @@ def evaluate(
         raise ValueError("networks: expected at least one")
     counted = {name: _empty(num_classes) for name in networks}
     places = torch.arange(num_classes) if order is None else torch.as_tensor(order)
-    broken, largest, images = _Broken(max_broken), 0.0, 0
+    broken, largest, images = Broken(max_broken), 0.0, 0
     for batch in batches:
         broken.add(batch.broken)
         if not len(batch.y):

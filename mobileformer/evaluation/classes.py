@@ -1,14 +1,32 @@
-"""Which class of the data is which class of the network: found by name, refused where it would be a guess."""
+"""What an evaluation of any task asks first: which class of the data is which of the network, how much is broken."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
-__all__ = ["EvaluationError", "order_of_classes"]
+__all__ = ["Broken", "EvaluationError", "order_of_classes"]
 
 
 class EvaluationError(RuntimeError):
     """An evaluation that came to no number; the message says which images, classes or logits are the reason."""
+
+
+@dataclass(eq=False)
+class Broken:
+    """Images that could not be read. Raises EvaluationError where there are more than `limit`."""
+
+    limit: int
+    messages: list[str] = field(default_factory=list)
+
+    def add(self, messages: Sequence[str]) -> None:
+        self.messages += messages
+        if len(self.messages) > self.limit:
+            named = "".join(f"\n  {message}" for message in self.messages[:10])
+            more = f"\n  and {len(self.messages) - 10} more" if len(self.messages) > 10 else ""
+            raise EvaluationError(
+                f"max_broken: {len(self.messages)} images could not be read, more than {self.limit}{named}{more}"
+            )
 
 
 def order_of_classes(

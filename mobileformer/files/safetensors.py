@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mobileformer.files.metadata import WeightsError
+from mobileformer.files.metadata import DEFAULT_TASK, WeightsError
 from mobileformer.files.reading import open_regular
 
-__all__ = ["read_safetensors", "stated_format"]
+__all__ = ["read_safetensors", "stated_format", "stated_task"]
 
 MAX_HEADER = 16 << 20  # a length beyond this is no length; the names of 20,000 classes take half a million bytes
 DTYPES = {"F32": np.dtype("<f4"), "I8": np.dtype("<i1"), "I16": np.dtype("<i2")}
@@ -73,11 +73,20 @@ def stated_format(path: str | os.PathLike[str]) -> str | None:
 
     For choosing who opens a file. That one then says what is wrong with it.
     """
+    return _stated(path, "format")
+
+
+def stated_task(path: str | os.PathLike[str]) -> str:
+    """The task that a file's text metadata names; classification where `stated_format` would be None."""
+    return _stated(path, "task") or DEFAULT_TASK
+
+
+def _stated(path: str | os.PathLike[str], key: str) -> str | None:
     try:
         with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length <= MAX_HEADER else {}
-        found = header["__metadata__"]["format"]
+        found = header["__metadata__"][key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if isinstance(found, str) else None

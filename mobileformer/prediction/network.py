@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,13 @@ from mobileformer.inference.folded import FORMAT, FoldedNetwork
 from mobileformer.inference.threads import check_threads, most_threads, thread_count
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mobileformer.models import Model
 
-__all__ = ["PATHS", "DeviceError", "EngineError", "Network", "PrecisionError", "is_folded", "open_network"]
+__all__ = ["PATHS", "DeviceError", "EngineError", "Network", "PrecisionError", "is_folded", "on_device", "open_network"]
 
+Moved = TypeVar("Moved", bound="nn.Module")
 Path = Literal["engine", "fused", "plain"]
 Precision = Literal["float32", "bfloat16"]
 PATHS = ("engine", "fused", "plain")
@@ -152,11 +155,7 @@ def _pytorch(
     from mobileformer.weights.load import load_model, read_metadata
 
     metadata = read_metadata(weights)
-    model = load_model(weights, use_fused=path == "fused")
-    try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:  # a GPU that others have filled, or that torch was not built for
-        raise DeviceError(device, str(error).strip().splitlines()[0]) from error
+    model = on_device(load_model(weights, use_fused=path == "fused"), device)
     computes = model if precision == "float32" else model.to_inference(dtype=getattr(torch, precision))
 
     def prepare(pixels: np.ndarray) -> np.ndarray:
@@ -170,6 +169,14 @@ def _pytorch(
             return computes(torch.from_numpy(x).to(device)).float().cpu().numpy()
 
     return Network(metadata, path, precision, device, logits, prepare, model=model)
+
+
+def on_device(model: Moved, device: str) -> Moved:
+    """A module, moved. Raises DeviceError: a GPU that others have filled, or that torch was not built for."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(device, str(error).strip().splitlines()[0]) from error
 
 
 def _usual_threads() -> int:

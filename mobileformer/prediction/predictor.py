@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +12,7 @@ from mobileformer.data.image import ImageError
 from mobileformer.files.metadata import Metadata
 from mobileformer.prediction.answers import Answer, answer_to
 from mobileformer.prediction.network import Network, Path, Precision, open_network
+from mobileformer.prediction.stream import groups
 from mobileformer.prediction.view import ImageLike, InputView, Picture, input_view, named_pictures, pictures_in
 
 __all__ = ["Predictor"]
@@ -92,9 +90,7 @@ class Predictor:
         Raises TypeError and ValueError, from the iterator, for what is neither an image nor the name of one. Closing
         the iterator stops the reading.
         """
-        pictures = named_pictures(images)
-        loaded = _ahead(self._load, pictures, self.workers, self.batch) if self.workers else map(self._load, pictures)
-        while group := list(islice(loaded, self.batch)):
+        for group in groups(self._load, named_pictures(images), self.workers, self.batch):
             yield from self._batch(group)
 
     def files(self, arguments: Sequence[str | os.PathLike[str]]) -> Iterator[Answer]:
@@ -133,23 +129,3 @@ class Predictor:
         answers = iter(self.answers([name for name, _ in good], np.stack([x for _, x in good])) if good else ())
         for name, found in group:
             yield Answer(name, error=str(found)) if isinstance(found, ImageError) else next(answers)
-
-
-def _ahead(
-    load: Callable[[Picture], tuple[str, Loaded]], pictures: Iterable[Picture], workers: int, batch: int
-) -> Iterator[tuple[str, Loaded]]:
-    """`map(load, pictures)` on threads, so far ahead of who takes the results and no further.
-
-    Pillow lets go of the interpreter's lock where it works.
-    """
-    pending: deque[Future[tuple[str, Loaded]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for picture in pictures:
-            pending.append(pool.submit(load, picture))
-            if len(pending) > 2 * workers + batch:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)

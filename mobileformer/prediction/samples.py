@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mobileformer.data.batch import class_of
 from mobileformer.prediction.view import InputView
 
 __all__ = ["LabelledPixels"]
@@ -29,7 +30,7 @@ class LabelledPixels:
 
     def __call__(self, sample: tuple[Image.Image, int], rng: np.random.Generator) -> Sample:
         image, label = sample
-        return self.view.pixels(image), label
+        return self.view.pixels(image), class_of(label)
 
     def collate(self, samples: Iterable[Sample], most: int) -> tuple[Tensor, Tensor]:
         x = np.empty((most, self.view.size, self.view.size, self.channels), np.uint8)

@@ -22,7 +22,16 @@ from mobileformer.data.image import (
 )
 from mobileformer.files.metadata import Metadata, WeightsError
 
-__all__ = ["ImageLike", "InputView", "Picture", "input_view", "named_pictures", "pictures_in"]
+__all__ = [
+    "ImageLike",
+    "InputView",
+    "Picture",
+    "input_view",
+    "named_pictures",
+    "normalisation",
+    "opened",
+    "pictures_in",
+]
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 
@@ -54,17 +63,7 @@ class InputView:
         anything else, ValueError for an array of another shape.
         """
         channels = len(self.mean)
-        if isinstance(image, str | os.PathLike):
-            found = decode_image(image, channels=channels)
-        elif isinstance(image, Image.Image):
-            found = with_channels(image, channels, name)
-        elif isinstance(image, np.ndarray):
-            found = with_channels(_from_array(image, name), channels, name)
-        else:
-            raise TypeError(f"{name}: expected a path, a Pillow image or a uint8 array, got {type(image).__name__}")
-        if not (found.width and found.height):
-            raise ImageError(f"{name}: {found.width} x {found.height} pixels, so there is nothing to see")
-        square = np.asarray(centre_square(found, self.size, self.crop_fraction))
+        square = np.asarray(centre_square(opened(image, channels, name), self.size, self.crop_fraction))
         return square.reshape(self.size, self.size, channels)
 
 
@@ -80,6 +79,15 @@ class Picture:
 def input_view(metadata: Metadata, name: str, size: int | None = None) -> InputView:
     """As the weights `name` were trained for, with `size` in place of their own where one is given.
 
+    Raises WeightsError as `normalisation`.
+    """
+    mean, std = normalisation(metadata, name)
+    return InputView(size or metadata.input_size or 224, mean, std, metadata.crop_fraction or CROP_FRACTION)
+
+
+def normalisation(metadata: Metadata, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that the weights `name` were trained with.
+
     Raises WeightsError for weights that no image fits, and where they do not say what it is normalised with.
     """
     if metadata.in_chans not in MODES:
@@ -89,9 +97,22 @@ def input_view(metadata: Metadata, name: str, size: int | None = None) -> InputV
             f"{name}: does not say what its input is normalised with; write it again with "
             "mobileformer.save_weights(model, path, mean=..., std=...)"
         )
-    return InputView(
-        size or metadata.input_size or 224, metadata.mean, metadata.std, metadata.crop_fraction or CROP_FRACTION
-    )
+    return metadata.mean, metadata.std
+
+
+def opened(image: ImageLike, channels: int, name: str) -> Image.Image:
+    """One image, as `InputView.pixels` accepts it, as 8-bit "RGB" or "L", whole. Raises as that does."""
+    if isinstance(image, str | os.PathLike):
+        found = decode_image(image, channels=channels)
+    elif isinstance(image, Image.Image):
+        found = with_channels(image, channels, name)
+    elif isinstance(image, np.ndarray):
+        found = with_channels(_from_array(image, name), channels, name)
+    else:
+        raise TypeError(f"{name}: expected a path, a Pillow image or a uint8 array, got {type(image).__name__}")
+    if not (found.width and found.height):
+        raise ImageError(f"{name}: {found.width} x {found.height} pixels, so there is nothing to see")
+    return found
 
 
 def named_pictures(images: ImageLike | Picture | Iterable[ImageLike | Picture]) -> Iterator[Picture]:

@@ -13,10 +13,10 @@ from mobileformer.files.replacing import replacing
 from mobileformer.visualize.contact_sheet import write_line
 from mobileformer.visualize.fonts import elided, font_for
 
-__all__ = ["draw_box_sheet", "draw_boxes"]
+__all__ = ["SHEET_SIDE", "draw_box_sheet", "draw_boxes"]
 
 _DASH, _GAP = 7, 5  # pixels of a true box's outline
-_SHEET_SIDE, _SHEET_GAP, _SHEET_HEAD, _COLUMNS = 384, 16, 84, 4
+SHEET_SIDE, _SHEET_GAP, _SHEET_HEAD, _LINE, _COLUMNS = 384, 16, 84, 22, 4
 _INK, _FAINT = (60, 60, 60), (110, 110, 110)
 
 
@@ -59,22 +59,29 @@ def draw_boxes(
     return picture
 
 
-def draw_box_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], title: str, target: Path) -> None:
+def draw_box_sheet(
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    title: str,
+    target: Path,
+    *,
+    legend: str = "coloured: found, with the score; dashed: what is there",
+) -> None:
     """Four pictures to a row with a line below each, as a PNG that appears whole or not at all."""
-    rows = -(-len(pictures) // _COLUMNS)
-    step = _SHEET_SIDE + _SHEET_GAP
-    sheet = Image.new("RGB", (_SHEET_GAP + _COLUMNS * step, _SHEET_HEAD + rows * (step + 22)), "white")
+    small = [picture.copy() for picture in pictures]
+    for picture in small:
+        picture.thumbnail((SHEET_SIDE, SHEET_SIDE))
+    height = max((picture.height for picture in small), default=0) + _SHEET_GAP + _LINE
+    step = SHEET_SIDE + _SHEET_GAP
+    rows = -(-len(small) // _COLUMNS)
+    sheet = Image.new("RGB", (_SHEET_GAP + _COLUMNS * step, _SHEET_HEAD + rows * height), "white")
     pen = ImageDraw.Draw(sheet)
     write_line(pen, _SHEET_GAP, 16, title, 22, fill=_INK, room=sheet.width - 2 * _SHEET_GAP)
-    write_line(
-        pen, _SHEET_GAP, 50, "coloured: found, with the score; dashed: what is there", 15, fill=_FAINT, room=sheet.width
-    )
-    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        x, y = _SHEET_GAP + index % _COLUMNS * step, _SHEET_HEAD + index // _COLUMNS * (step + 22)
-        small = picture.copy()
-        small.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
-        sheet.paste(small, (x, y))
-        write_line(pen, x, y + small.height + 4, caption, 15, fill=_INK, room=_SHEET_SIDE)
+    write_line(pen, _SHEET_GAP, 50, legend, 15, fill=_FAINT, room=sheet.width - 2 * _SHEET_GAP)
+    for index, (picture, caption) in enumerate(zip(small, captions, strict=True)):
+        x, y = _SHEET_GAP + index % _COLUMNS * step, _SHEET_HEAD + index // _COLUMNS * height
+        sheet.paste(picture, (x, y))
+        write_line(pen, x, y + picture.height + 4, caption, 15, fill=_INK, room=SHEET_SIDE)
     with replacing(target) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
 

@@ -148,7 +148,7 @@ def _scale_bar(canvas: Canvas, x: int, y: int) -> None:
     """The colours of weights, over the grey of a middling photo."""
     width, height = 420, 18
     logs = np.linspace(-shades.OCTAVES, shades.OCTAVES, width, dtype=np.float32)
-    canvas.paste(x, y, _laid(np.full((height, width, 3), 110, np.uint8), np.tile(logs, (height, 1))))
+    canvas.paste(x, y, shades.laid(np.full((height, width, 3), 110, np.uint8), np.tile(logs, (height, 1))))
     for octave in range(-shades.OCTAVES, shades.OCTAVES + 1, 2):
         at = x + (octave + shades.OCTAVES) / (2 * shades.OCTAVES) * width
         told = "uniform" if octave == 0 else f"×{2**octave}" if octave > 0 else f"×1/{2**-octave}"
@@ -192,7 +192,7 @@ def _tiles(
     for head in range(layout.heads):
         for token in range(layout.tokens):
             x, y = layout.tile(section, columns, head, token)
-            canvas.paste(x, top + y, _laid(base, _smooth(logs[head, token], base.shape)))
+            canvas.paste(x, top + y, shades.laid(base, logs[head, token]))
         if takes is not None:
             x, y = layout.tile(section, columns, head, layout.tokens)
             canvas.paste(x, top + y, _strongest(base, takes[head]))
@@ -228,16 +228,6 @@ def _strongest(base: Pixels, takes: npt.NDArray[np.floating]) -> Pixels:
     colours = np.asarray(Image.fromarray(palette[winner % len(palette)]).resize(nearest, Image.Resampling.NEAREST))
     opacity = np.asarray(Image.fromarray(lead.astype(np.float32)).resize(nearest, Image.Resampling.NEAREST))
     return shades.over(base, colours, 0.9 * opacity**0.5)
-
-
-def _laid(base: Pixels, logs: npt.NDArray[np.float32]) -> Pixels:
-    colours = shades.shades(logs)
-    return shades.over(base, colours[..., :3], colours[..., 3] / 255)
-
-
-def _smooth(logs: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    clipped = np.clip(logs, -shades.OCTAVES, shades.OCTAVES)
-    return np.asarray(Image.fromarray(clipped).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
 
 
 def _resized(photo: Pixels, height: int) -> Pixels:

@@ -1,4 +1,4 @@
-"""Colours of the attention pictures. numpy only.
+"""Colours of the attention pictures.
 
 A weight is shown as a multiple of the uniform one, on a logarithmic scale that all maps share: at 1 the photo shows as
 it is, below it darkens, above it glows. So a map of noise looks like the photo, and maps can be compared.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 __all__ = [
     "OCTAVES",
     "SIMILARITY",
     "TOKEN_COLOURS",
+    "laid",
     "over",
     "relative",
     "shade_table",
@@ -80,6 +82,22 @@ def over(
     """Colours (H,W,3) laid over a photo (H,W,3), opacity (H,W) in [0, 1]."""
     share = opacity[..., None]
     return np.rint(photo * (1 - share) + colours * share).astype(np.uint8)
+
+
+def laid(
+    base: npt.NDArray[np.uint8], logs: npt.NDArray[np.floating], *, cells: tuple[float, float] | None = None
+) -> npt.NDArray[np.uint8]:
+    """What `relative` gave of a map (h,w), smooth, in its colours over a picture (H,W,3).
+
+    cells: how many columns and rows of the map, from the upper left, the picture covers; None is all.
+    """
+    height, width = base.shape[:2]
+    if logs.shape != base.shape[:2]:
+        clipped = Image.fromarray(np.clip(logs, -OCTAVES, OCTAVES).astype(np.float32))
+        box = (0.0, 0.0, *(cells or clipped.size))
+        logs = np.asarray(clipped.resize((width, height), Image.Resampling.BILINEAR, box=box))
+    colours = shades(logs)
+    return over(base, colours[..., :3], colours[..., 3] / 255)
 
 
 def underlay(photo: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
