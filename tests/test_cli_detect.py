@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cli_support import refusal, run, run_json
-from detector_files import NAMES, save_boxed, save_end_to_end, save_images, save_retinanet
+from detector_files import NAMES, save_boxed, save_end_to_end, save_images, save_retinanet, small_variant
 from PIL import Image
 
 from mobileformer import pretrained, read_metadata
@@ -23,13 +24,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarnin
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("detect")
-    save_retinanet(folder / "retinanet.safetensors")
-    save_end_to_end(folder / "queries.safetensors")
-    save_images(folder / "images")
-    (folder / "images" / "bad.png").write_bytes(b"no image")
-    return folder
+    with small_variant():
+        save_retinanet(folder / "retinanet.safetensors")
+        save_end_to_end(folder / "queries.safetensors")
+        save_images(folder / "images")
+        (folder / "images" / "bad.png").write_bytes(b"no image")
+        yield folder
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,7 @@ def test_every_form_gives_the_same_answers(folder: Path, tmp_path: Path, monkeyp
     ]
     told = {key: document[key] for key in ("detector", "variant", "device", "size", "threshold", "failed")}
     assert told == {
-        "detector": "retinanet", "variant": "26m", "device": "cpu", "size": 64, "threshold": 0.4, "failed": 1,
+        "detector": "retinanet", "variant": "small", "device": "cpu", "size": 64, "threshold": 0.4, "failed": 1,
     }  # fmt: skip
     streamed = run("detect", *options(folder), "--threshold", 0.4, "--jsonl", code=1)
     assert [json.loads(line) for line in streamed.stdout.splitlines()] == document["results"]
@@ -245,7 +247,7 @@ def test_where_the_queries_look(folder: Path, tmp_path: Path) -> None:
         x, y = (round(value * 384 / 451) for value in row["point"])
         assert (pixels[top + y, left + x] == 255).all(), "a cross is at the point"
     table = run("visualize", image, *more)
-    assert all(words in table.stdout for words in ("looks from", "end-to-end, 26m"))
+    assert all(words in table.stdout for words in ("looks from", "end-to-end, small"))
     assert "is for the attention of a classifier" in refusal("visualize", image, *more[:2], "--html", "x.html")
 
 
@@ -269,26 +271,20 @@ def test_info_tells_of_a_detector(folder: Path) -> None:
     assert all(words in told for words in ("detector", "end-to-end", "1, 1, 1", "bee [old]", "parameters"))
 
 
-def test_the_demo_draws_a_sheet_where_there_is_a_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_draws_a_sheet_where_there_is_a_detector(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(pretrained._WEIGHTS, "detection", "not-there.safetensors")
     assert demo._detect(tmp_path / "x.png") is None
     scenes = pretrained.sample_scenes()
     names = sorted({name for _, objects in scenes for name, _ in objects} | {"one more"})
-    save_retinanet_of(tmp_path / "clothes.safetensors", names)
+    save_retinanet(tmp_path / "clothes.safetensors", names=names, classes=len(names))
     monkeypatch.setitem(pretrained._WEIGHTS, "detection", str(tmp_path / "clothes.safetensors"))
     detected = demo._detect(tmp_path / "x.png")
     assert detected is not None
     assert [len(row["truth"]) for row in detected] == [len(objects) for _, objects in scenes]
     with Image.open(tmp_path / "x.png") as sheet:
         assert sheet.size == (16 + 4 * 400, 84 + 3 * 422)
-
-
-def save_retinanet_of(path: Path, names: list[str]) -> None:
-    from mobileformer.detection import RetinaNet
-    from mobileformer.weights.detectors import save_detector
-
-    model = RetinaNet("26m", len(names), width=16, head_depth=1, levels=3, norm="group")
-    save_detector(model.eval(), path, labels=names, input_size=64)
 
 
 def test_the_scenes_in_the_package_are_the_composed_test_set() -> None:

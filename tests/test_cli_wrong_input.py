@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_support import make_files
+from detector_files import save_retinanet, small_variant
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_support import tiny_variants
@@ -38,7 +39,7 @@ def variants() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Good files, and in bad/ one of each kind that is wrong."""
     folder = make_files(tmp_path_factory.mktemp("wrong"), "tiny")
     (folder / "labels.txt").write_text("\n".join("abcdefg"))
@@ -58,7 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.mkfifo(bad / "fifo")
     (bad / "locked").write_text("secret")
     (bad / "locked").chmod(0)
-    return folder
+    with small_variant():
+        save_retinanet(folder / "detector.safetensors")
+        yield folder
 
 
 BAD_FILES = (
@@ -78,6 +81,8 @@ READS = {
     "predict image": ("predict", "BAD", "--weights", "WEIGHTS"),
     "predict weights": ("predict", "IMAGE", "--weights", "BAD"),
     "predict labels": ("predict", "IMAGE", "--weights", "WEIGHTS", "--labels", "BAD"),
+    "detect image": ("detect", "BAD", "--weights", "DETECTOR", "--out", "NEW"),
+    "detect weights": ("detect", "IMAGE", "--weights", "BAD", "--out", "NEW"),
     "evaluate data": ("evaluate", "BAD", "--weights", "WEIGHTS"),
     "evaluate weights": ("evaluate", "DATA", "--weights", "BAD"),
     "evaluate labels": ("evaluate", "DATA", "--weights", "WEIGHTS", "--labels", "BAD"),
@@ -130,12 +135,19 @@ USAGE = [
     ("predict", "IMAGE", "--weights", "WEIGHTS", "--precision", "bfloat16", "--no-fused"),
     ("predict", "IMAGE", "--jsonl", "--output", "NEW.jsonl"),
     ("predict", "IMAGE", "--output", "NEW.txt"),
+    ("detect",),
+    ("detect", "IMAGE", "--top-k", "1"),
+    ("detect", "IMAGE", "--weights", "DETECTOR", "--device", "tpu"),
     ("train", "DATA"),
     ("train", "DATA", "--recipe", "26m", "--output", "NEW", "--device", "gpu"),
     ("evaluate", "DATA", "--device", "cuda:x"),
     ("evaluate", "DATA", "--weights", "WEIGHTS", "--compare", "--path", "plain"),
     ("evaluate", "DATA", "--weights", "WEIGHTS", "--confusion", "NEW.jpg"),
+    ("evaluate", "DATA", "--weights", "WEIGHTS", "--curves", "NEW.png"),
+    ("evaluate", "DATA", "--weights", "DETECTOR", "--confusion", "NEW.png"),
+    ("evaluate", "DATA", "--weights", "DETECTOR", "--task", "segmentation"),
     ("visualize", "IMAGE", "--weights", "WEIGHTS", "--out", "NEW.jpg"),
+    ("visualize", "IMAGE", "--weights", "DETECTOR", "--html", "NEW.html"),
     ("bench", "--variant", "1m"),
     ("bench", "--device", "cuda:999999"),
     ("bench", "--dtype", "float16"),
@@ -153,6 +165,12 @@ USAGE = [
 FAILURES = [
     ("predict", "bad/folder", "--weights", "WEIGHTS"),  # an empty folder
     ("predict", "IMAGE", "--weights", "bad/foreign.safetensors"),
+    ("predict", "IMAGE", "--weights", "DETECTOR"),
+    ("detect", "IMAGE", "--weights", "WEIGHTS", "--out", "NEW"),
+    ("detect", "IMAGE", "--weights", "bad/foreign.safetensors", "--out", "NEW"),
+    ("detect", "IMAGE", "--weights", "DETECTOR", "--device", "mps", "--out", "NEW"),
+    ("detect", "IMAGE", "--weights", "DETECTOR", "--size", "8192", "--batch", "65536", "--out", "NEW"),
+    ("evaluate", "DATA", "--weights", "DETECTOR"),  # no boxes
     ("info", "bad/foreign.safetensors"),
     ("convert", "bad/foreign.safetensors", "NEW.safetensors"),
     ("evaluate", "DATA", "--weights", "WEIGHTS"),  # seven classes for two
@@ -169,6 +187,7 @@ FAILURES = [
 
 NUMBERS = {
     "predict": ("--top-k", "--size", "--batch", "--threads", "--workers"),
+    "detect": ("--threshold", "--size", "--batch", "--threads", "--workers"),
     "evaluate": ("--size", "--batch", "--threads", "--workers", "--max-broken"),
     "train": ("--threads", "--workers", "--max-broken", "--save-minutes"),
     "visualize": ("--size",),
@@ -178,6 +197,7 @@ NUMBERS = {
 }
 NEEDED = {
     "predict": ("IMAGE", "--weights", "WEIGHTS"),
+    "detect": ("IMAGE", "--weights", "DETECTOR", "--out", "NEW"),
     "evaluate": ("DATA", "--weights", "WEIGHTS"),
     "train": ("DATA", "--recipe", "26m", "--output", "NEW"),
     "visualize": ("IMAGE", "--weights", "WEIGHTS", "--out", "NEW.png"),
@@ -190,6 +210,7 @@ NEEDED = {
 def filled(arguments: tuple[str, ...], folder: Path, new: Path, bad: Path | str = "") -> list[str]:
     names = {
         "WEIGHTS": folder / "named.safetensors",
+        "DETECTOR": folder / "detector.safetensors",
         "IMAGE": folder / "images" / "b.png",
         "DATA": folder / "data",
         "TWO": folder / "two.safetensors",
@@ -216,8 +237,8 @@ def refused(arguments: list[str], *codes: int, with_json: bool = True) -> str:
     assert not any(word in told[0] for word in ("Traceback", "weights_only", "\x1b")), told
     assert plain.stdout == "" or "--jsonl" in arguments, arguments
     if with_json and (
-        plain.exit_code == 2 or arguments[0] != "predict"
-    ):  # which is quick; the others have done their work by then
+        plain.exit_code == 2 or arguments[0] not in ("predict", "detect")
+    ):  # which are quick; the others have done their work by then
         answer = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
         assert answer["error"]
     return told[0]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detector_files import NAMES, SIZE, save_end_to_end, save_images, save_retinanet
+from detector_files import NAMES, SIZE, save_end_to_end, save_images, save_retinanet, small_variant
 from PIL import Image
 
 from mobileformer import WeightsError
@@ -25,12 +25,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarnin
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("detectors")
-    save_retinanet(folder / "retinanet.safetensors")
-    save_end_to_end(folder / "end-to-end.safetensors")
-    save_images(folder / "images")
-    return folder
+    with small_variant():
+        save_retinanet(folder / "retinanet.safetensors")
+        save_end_to_end(folder / "end-to-end.safetensors")
+        save_images(folder / "images")
+        yield folder
 
 
 @pytest.fixture(scope="module")
