@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from cli_support import NAMES, make_files, run, run_json
+from tiny_support import tiny_variants
 from weights_support import states_equal
 
 import mobileformer
@@ -17,16 +19,23 @@ from mobileformer.training.state import Progress, save_state
 pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarning")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """The weights are of small networks."""
+    with tiny_variants():
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_files(tmp_path_factory.mktemp("convert"))
+    return make_files(tmp_path_factory.mktemp("convert"), "tiny")
 
 
 def stopped_run(
     path: Path, *, evaluated: bool, averaged: bool = True, description: dict | None = None
 ) -> tuple[mobileformer.Model, mobileformer.Model]:
     """(raw, average) whose run's checkpoint is written."""
-    recipe = read_recipe("fashion-mnist", ["mean=[0.2]", "std=[0.3]"])
+    recipe = read_recipe("fashion-mnist", ["variant=tiny_ungrouped", "mean=[0.2]", "std=[0.3]"])
     raw = mobileformer.Model(recipe.variant, num_classes=4, in_chans=1).eval()
     average = Average(raw, 0.99).model
     with torch.no_grad():
@@ -62,7 +71,7 @@ def test_the_checkpoint_of_a_stopped_run_becomes_weights(tmp_path: Path, evaluat
 def test_what_a_run_knows_of_its_data_becomes_the_weights_text(tmp_path: Path) -> None:
     checkpoint, out = tmp_path / "checkpoint.pt", tmp_path / "out.safetensors"
     told = {"labels": ["b", "ä", "c", "d"], "mean": [0.25], "std": [0.5], "input_size": 80, "crop_fraction": 0.9}
-    network = {"variant": "52m", "num_classes": 4, "in_chans": 1, "spatial_dynamic_relu": False}
+    network = {"variant": "tiny_ungrouped", "num_classes": 4, "in_chans": 1, "spatial_dynamic_relu": False}
     stopped_run(checkpoint, evaluated=False, description={**network, **told})
     run("convert", checkpoint, out)
     metadata = mobileformer.read_metadata(out)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from cli_support import NAMES, expected, make_files, run, run_json
+from tiny_support import tiny_variants
 
 import mobileformer
 from mobileformer.inference import library
@@ -17,9 +19,16 @@ from mobileformer.pretrained import sample_images, shipped_weights
 pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarning")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """The weights are of a small network."""
+    with tiny_variants():
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_files(tmp_path_factory.mktemp("cli"))
+    return make_files(tmp_path_factory.mktemp("cli"), "tiny")
 
 
 @pytest.mark.parametrize("weights", ["named.safetensors", "published.pth.tar"])
@@ -142,7 +151,7 @@ def test_info_tells_what_a_file_says_of_itself(folder: Path, tmp_path: Path) -> 
     for file, form, dtype in ((ours, "describes itself", "float16"), (folded, "folded for inference", "float32")):
         report = run_json("info", file)
         assert (report["form"], report["dtype"], report["bytes"]) == (form, dtype, file.stat().st_size)
-        assert (report["variant"], report["labels"]) == ("26m", NAMES)
+        assert (report["variant"], report["labels"]) == ("tiny", NAMES)
         assert (report["input_size"], report["crop_fraction"]) == (48, 0.9)
     told = run("info", folder / "published.pth.tar").stdout
     assert "published, or bare" in told
@@ -186,11 +195,11 @@ def test_predict_as_a_table_without_names(folder: Path, tmp_path: Path) -> None:
 
 def test_predict_refuses_weights_no_image_fits(folder: Path, tmp_path: Path) -> None:
     image = folder / "images" / "b.png"
-    five = mobileformer.Model("26m", num_classes=2, in_chans=5)
+    five = mobileformer.Model("tiny", num_classes=2, in_chans=5)
     mobileformer.save_weights(five, tmp_path / "five.safetensors", mean=[0.5] * 5, std=[0.5] * 5)
     failure = run_json("predict", image, "--weights", tmp_path / "five.safetensors", code=1)
     assert "takes 5 channels" in failure["error"]
-    broken = mobileformer.Model("26m", num_classes=2)
+    broken = mobileformer.Model("tiny", num_classes=2)
     broken.head.classifier.bias.data[0] = float("nan")
     mobileformer.save_weights(broken, tmp_path / "nan.safetensors")
     failure = run_json("predict", image, "--weights", tmp_path / "nan.safetensors", code=1)
@@ -208,9 +217,9 @@ def test_convert_there_and_back(folder: Path, tmp_path: Path) -> None:
     ours, back = tmp_path / "ours.safetensors", tmp_path / "back.pth.tar"
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
     report = run_json("convert", folder / "published.pth.tar", ours, "--labels", tmp_path / "names.txt")
-    assert (report["variant"], report["num_classes"], report["labels"]) == ("26m", 7, True)
+    assert (report["variant"], report["num_classes"], report["labels"]) == ("tiny", 7, True)
     metadata = mobileformer.read_metadata(ours)
-    assert (metadata.variant, metadata.labels) == ("26m", tuple(NAMES))
+    assert (metadata.variant, metadata.labels) == ("tiny", tuple(NAMES))
     assert run_json("convert", ours, back)["form"] == "published checkpoint"
     first = torch.load(folder / "published.pth.tar", weights_only=False)["state_dict"]
     second = torch.load(back, weights_only=True)["state_dict"]
@@ -253,7 +262,7 @@ def test_convert_overwrites_only_when_told(folder: Path, tmp_path: Path) -> None
     assert "--force" in run_json("convert", folder / "published.pth.tar", target, code=1)["error"]
     assert target.read_text() == "precious"
     run("convert", folder / "published.pth.tar", target, "--force")
-    assert mobileformer.read_metadata(target).variant == "26m"
+    assert mobileformer.read_metadata(target).variant == "tiny"
 
 
 def test_convert_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
@@ -263,7 +272,7 @@ def test_convert_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> None
     del state["module.stem.0.weight"]
     torch.save(state, tmp_path / "lacks.pth")
     assert "--variant" in run_json("convert", tmp_path / "lacks.pth", target, code=1)["error"]
-    named = run_json("convert", tmp_path / "lacks.pth", target, "--variant", "26m", code=1)["error"]
+    named = run_json("convert", tmp_path / "lacks.pth", target, "--variant", "tiny", code=1)["error"]
     assert "missing: stem.0.weight" in named
     assert "nowhere.pth" in run_json("convert", tmp_path / "nowhere.pth", target, code=1)["error"]
     deep = tmp_path / "no" / "folder.safetensors"
@@ -277,7 +286,7 @@ def test_convert_to_what_the_engine_runs(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "folded.safetensors"
     report = run_json("convert", folder / "named.safetensors", target, "--fold")
     assert report["form"] == "mobileformer safetensors, folded for inference"
-    assert (report["variant"], report["num_classes"], report["labels"]) == ("26m", 7, True)
+    assert (report["variant"], report["num_classes"], report["labels"]) == ("tiny", 7, True)
     network, expected_network = FoldedNetwork.load(target), fold(mobileformer.load_model(folder / "named.safetensors"))
     assert network.metadata.labels == tuple(NAMES)
     assert network.metadata.mean == mobileformer.read_metadata(folder / "named.safetensors").mean

@@ -7,6 +7,7 @@ import json
 import pickle
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from engine_support import folded, image, isas, needs_engine
 from kernel_support import python
+from tiny_support import tiny_variants
 
 import mobileformer
 from mobileformer import Model
@@ -30,6 +32,13 @@ import numpy as np
 from mobileformer.inference import Engine
 x = np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """Small networks, where neither the kernels' shapes nor another process ask for a published one."""
+    with tiny_variants():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +78,7 @@ def test_a_path_may_be_text(path: Path, run: Engine) -> None:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_bytes_are_normalised_inside(channels: int, isa: str) -> None:
     mean, std = [0.4, 0.5, 0.6, 0.1][:channels], [0.2, 0.25, 0.3, 1.5][:channels]
-    model = Model("52m", num_classes=10, in_chans=channels).eval()
+    model = Model("tiny_ungrouped", num_classes=10, in_chans=channels).eval()
     lively_weights_(model)
     engine = Engine(fold(model, mean=mean, std=std), isa=isa)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 45, 38, channels), dtype=np.uint8)
@@ -151,7 +160,7 @@ def test_the_largest_numbers_are_no_infinity(run: Engine) -> None:
 
 
 def test_bytes_need_mean_and_std() -> None:
-    engine = Engine(fold(Model("26m", num_classes=2, in_chans=2)))
+    engine = Engine(fold(Model("tiny", num_classes=2, in_chans=2)))
     assert engine(np.zeros((1, 2, 32, 32), np.float32)).shape == (1, 2)
     with pytest.raises(ValueError, match="x: the network says no mean and std to normalise uint8 with"):
         engine(np.zeros((1, 32, 32, 2), np.uint8))
@@ -170,7 +179,7 @@ def test_bytes_need_mean_and_std() -> None:
 )
 def test_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Engine(folded("26m"), **arguments)
+        Engine(folded("tiny"), **arguments)
 
 
 def test_the_compiled_network_checks_for_itself(run: Engine) -> None:
@@ -204,7 +213,7 @@ def test_the_compiled_network_checks_for_itself(run: Engine) -> None:
 
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", ["26m", "96m"])
+@pytest.mark.parametrize("variant", ["tiny", "tiny_ungrouped"])
 def test_a_network_without_a_classifier_gives_maps_and_tokens(variant: str, dtype: str, isa: str) -> None:
     """What a detector is built on: the backbone's arrays alone, and the same bits as with a classifier."""
     network = folded(variant)
@@ -240,23 +249,23 @@ def test_a_network_without_a_classifier_gives_maps_and_tokens(variant: str, dtyp
 
 @pytest.mark.parametrize("isa", isas())
 def test_an_instruction_set_is_asked_for(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Engine(folded("26m"), isa=isa).isa == isa
+    assert Engine(folded("tiny"), isa=isa).isa == isa
     monkeypatch.setenv("MF_ENGINE_ISA", isa)
-    assert Engine(folded("26m")).isa == isa
-    assert Engine(folded("26m"), isa=isas()[0]).isa == isas()[0]
+    assert Engine(folded("tiny")).isa == isa
+    assert Engine(folded("tiny"), isa=isas()[0]).isa == isas()[0]
     assert library.status() == library.status() | {"available": True, "isa": isa, "reason": None}
 
 
 def test_an_unknown_instruction_set_in_the_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MF_ENGINE_ISA", "sse9")
     with pytest.raises(ValueError, match=r"MF_ENGINE_ISA: expected an instruction set of this CPU, one of .*'sse9'"):
-        Engine(folded("26m"))
+        Engine(folded("tiny"))
     status = library.status()
     assert not status["available"]
     assert status["isa"] is None
     assert "MF_ENGINE_ISA" in status["reason"]
     monkeypatch.setenv("MF_ENGINE_ISA", "")
-    assert Engine(folded("26m")).isa == isas()[-1]
+    assert Engine(folded("tiny")).isa == isas()[-1]
 
 
 def test_instruction_sets_round_differently_and_no_more() -> None:
@@ -280,7 +289,7 @@ def test_more_threads_give_the_same(variant: str, spatial: bool, dtype: str, thr
         np.testing.assert_array_equal(more.forward_features(x)[1], one.forward_features(x)[1])
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_many_callers_of_one_engine(threads: int) -> None:
     """Each with images and sizes of its own, at the same time."""
     engine = Engine(folded("26m"), threads=threads)
@@ -427,7 +436,7 @@ def test_more_threads_than_make_sense_are_refused(path: Path) -> None:
         with pytest.raises(ValueError, match=rf"^threads: expected an integer of at most {most_threads()} on this"):
             Engine(path, threads=threads)
         with pytest.raises(ValueError, match=r"^threads: expected an integer of at most"):
-            Model("26m").to_inference(threads=threads)
+            Model("tiny").to_inference(threads=threads)
         with pytest.raises(ValueError, match=r"^threads: expected an integer of at most"), thread_count(threads):
             pass
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cli_support import NAMES, refusal, run, run_json
 from PIL import Image
+from tiny_support import tiny_variants
 from torch import Tensor
 
 import mobileformer
@@ -183,6 +184,13 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
     return low.repeat(10, axis=1).repeat(10, axis=2), np.repeat(np.arange(len(CLASSES)), IMAGES_OF_CLASS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """The networks are small."""
+    with tiny_variants():
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder and weights that get some of it right: the last layer is fitted to half of the images."""
@@ -193,7 +201,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             place = folder / "data" / split / CLASSES[label]
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(place / f"{index}.png")
-    model = mobileformer.Model("26m", num_classes=len(CLASSES)).eval()
+    model = mobileformer.Model("tiny", num_classes=len(CLASSES)).eval()
     lively_weights_(model, seed=3)
     x = torch.from_numpy(np.stack([EvaluationTransform(32, [0.5] * 3, [0.25] * 3)(Image.fromarray(i)) for i in images]))
     with torch.no_grad():
@@ -448,7 +456,7 @@ def test_a_part_of_the_classes_is_found_by_name() -> None:
 
 def test_folders_that_are_numbers(tmp_path: Path) -> None:
     """A network that knows twelve grey tones by their number."""
-    model = mobileformer.Model("26m", num_classes=12).eval()
+    model = mobileformer.Model("tiny", num_classes=12).eval()
     mobileformer.save_weights(model, tmp_path / "w.safetensors", mean=[0.5] * 3, std=[0.25] * 3, input_size=32)
     for number in range(12):
         folder = tmp_path / "data" / "val" / str(number)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from kernel_support import python
+from tiny_support import tiny_variants
 
 import mf_kernels
 from mobileformer import Model
@@ -13,8 +16,15 @@ COUNTED = ("conv", "linear", "matmul", "addmm", "bmm", "einsum")
 MODES = ["training step", "step in evaluation mode", "inference"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """What every operator multiplies is seen in small networks."""
+    with tiny_variants():
+        yield
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("variant", "spatial"), [("26m", False), ("52m", False), ("52m", True)])
+@pytest.mark.parametrize(("variant", "spatial"), [("tiny", False), ("tiny_ungrouped", False), ("tiny_ungrouped", True)])
 def test_the_fused_model_counts_as_the_plain_one(variant: str, spatial: bool, mode: str) -> None:
     """Every operator, forward and backward, and the joined ones of inference."""
     counter = pytest.importorskip("torch.utils.flop_counter")
@@ -44,7 +54,7 @@ def test_the_counter_knows_the_operators_whichever_is_imported_first(order: tupl
 
 
 @pytest.mark.filterwarnings("ignore")  # of fvcore's own imports and of tracing
-@pytest.mark.parametrize(("variant", "spatial"), [("26m", False), ("52m", False), ("52m", True)])
+@pytest.mark.parametrize(("variant", "spatial"), [("tiny", False), ("tiny_ungrouped", False), ("tiny_ungrouped", True)])
 def test_fvcore_counts_the_multiply_adds_of_the_plain_model(variant: str, spatial: bool) -> None:
     """Convolutions, linear layers and matrix products; without the handles the fused operators are left out."""
     counted = pytest.importorskip("fvcore.nn")

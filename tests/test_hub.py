@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from golden_support import recipe_model
 from huggingface_hub import ModelCard
+from tiny_support import tiny_variants
 from torch import Tensor, nn
 from weights_support import states_equal
 
@@ -31,8 +33,15 @@ from mobileformer.weights.card import multiply_adds
 TOLD = {"labels": ["tench", "great | white\nshark", "Bär"], "input_size": 64, "crop_fraction": 0.9}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """What is saved and fetched is a small network."""
+    with tiny_variants():
+        yield
+
+
 def small_model(**kwargs: Any) -> hub.Model:
-    model = hub.Model("26m", **{"num_classes": 3, **TOLD, **kwargs})
+    model = hub.Model("tiny", **{"num_classes": 3, **TOLD, **kwargs})
     lively_weights_(model)
     return model.eval()
 
@@ -88,7 +97,7 @@ def test_its_file_of_weights_is_ours(folder: Path) -> None:
 
 def test_the_configuration_is_what_the_file_tells(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert config["variant"] == "26m"
+    assert config["variant"] == "tiny"
     assert config["labels"] == TOLD["labels"]
     assert config.keys() <= Metadata.__dataclass_fields__.keys()
 
@@ -119,7 +128,7 @@ def test_what_does_not_belong_together_is_refused(folder: Path, tmp_path: Path) 
     shutil.copytree(folder, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "other/config.json").write_text(json.dumps({**config, "variant": "52m"}), encoding="utf-8")
-    with pytest.raises(WeightsError, match="holds the variant 26m, the model is 52m"):
+    with pytest.raises(WeightsError, match="holds the variant tiny, the model is 52m"):
         hub.Model.from_pretrained(tmp_path / "other")
     (tmp_path / "other/model.safetensors").unlink()
     with pytest.raises(FileNotFoundError):
@@ -130,7 +139,7 @@ def test_what_does_not_belong_together_is_refused(folder: Path, tmp_path: Path) 
 
 
 def test_from_a_model_and_from_files(tmp_path: Path) -> None:
-    trained = recipe_model("26m", dtype=torch.float32, num_classes=3, drop_rate=0.1)
+    trained = recipe_model("tiny", dtype=torch.float32, num_classes=3, drop_rate=0.1)
     model = hub.Model.from_model(trained, **TOLD)
     assert states_equal(model, trained)
     assert model.labels == tuple(TOLD["labels"])
@@ -147,7 +156,7 @@ def test_from_a_model_and_from_files(tmp_path: Path) -> None:
 
 
 def test_a_model_with_other_layers_is_refused() -> None:
-    model = mobileformer.Model("26m", num_classes=3)
+    model = mobileformer.Model("tiny", num_classes=3)
     model.head.register_module("classifier", nn.Sequential(model.head.classifier))
     with pytest.raises(RuntimeError, match=r"head\.classifier"):
         hub.Model.from_model(model)
@@ -157,7 +166,7 @@ def test_a_model_with_other_layers_is_refused() -> None:
 
 def test_labels_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="labels: expected 3"):
-        hub.Model("26m", num_classes=3, labels=["one"])
+        hub.Model("tiny", num_classes=3, labels=["one"])
 
 
 def test_copies_and_pickles() -> None:
@@ -176,9 +185,9 @@ def test_the_card_says_what_the_model_is(folder: Path) -> None:
     assert card.data.library_name == "mobileformer"
     assert card.data.pipeline_tag == "image-classification"
     rows = dict(re.findall(r"^\| ([\w -]+) \| (.*) \|$", card.text, re.MULTILINE))
-    assert rows["variant"] == "26m"
+    assert rows["variant"] == "tiny"
     assert rows["classes"] == r"3: tench, great \| white shark, Bär"
-    assert rows["parameters"] == "2 210 863"
+    assert rows["parameters"] == "103 539"
     assert rows["input"].startswith("(B, 3, H, W)")
     assert rows["input"].endswith("trained for 64 x 64")
     assert "torch.utils.flop_counter" in rows["multiply-adds"]

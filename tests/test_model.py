@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 from golden_support import recipe_image, recipe_model
+from tiny_support import tiny_variants
 from torch import nn
 
 import mf_kernels
@@ -15,6 +17,15 @@ from mobileformer import VARIANTS, Model
 from mobileformer.config import get_variant
 from mobileformer.network.blocks import DownBlock, LiteBlock, SameBlock
 
+
+@pytest.fixture
+def tiny() -> Iterator[None]:
+    """A test may make small networks."""
+    with tiny_variants():
+        yield
+
+
+SMALL = pytest.mark.usefixtures("tiny")
 SIZES = [(32, 32), (33, 47), (64, 35), (97, 61), (32, 161)]
 
 
@@ -92,20 +103,23 @@ def test_wrong_arguments(arguments: dict, message: str) -> None:
     ],
 )
 @pytest.mark.parametrize("use_fused", [False, True], ids=["plain", "fused"])
+@SMALL
 def test_wrong_shapes(shape: tuple[int, ...], message: str, use_fused: bool) -> None:
     with pytest.raises(ValueError, match=message):
-        Model("26m", use_fused=use_fused)(torch.zeros(shape))
+        Model("tiny", use_fused=use_fused)(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.float16, torch.int64])
+@SMALL
 def test_wrong_dtypes(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"x: expected dtype torch.float32 .*, got {dtype}"):
-        Model("26m")(torch.zeros(1, 3, 32, 32, dtype=dtype))
+        Model("tiny")(torch.zeros(1, 3, 32, 32, dtype=dtype))
 
 
+@SMALL
 def test_use_fused_is_fixed() -> None:
     with pytest.raises(AttributeError):
-        Model("26m").use_fused = False  # type: ignore[misc]
+        Model("tiny").use_fused = False  # type: ignore[misc]
 
 
 def test_unknown_names_of_the_package() -> None:
@@ -162,7 +176,8 @@ def test_every_stage_rounds_up(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])
-@pytest.mark.parametrize("variant", ["26m", "52m"])
+@pytest.mark.parametrize("variant", ["tiny", "tiny_ungrouped"])
+@SMALL
 def test_other_input_channels(variant: str, in_chans: int) -> None:
     plain = Model(variant, in_chans=in_chans, use_fused=False).double().eval()
     fused = Model(variant, in_chans=in_chans).double().eval()
@@ -174,7 +189,8 @@ def test_other_input_channels(variant: str, in_chans: int) -> None:
 
 @pytest.mark.parametrize("use_fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("spatial", [False, True], ids=["token 0", "spatial"])
-@pytest.mark.parametrize("variant", ["26m", "96m"])
+@pytest.mark.parametrize("variant", ["tiny", "tiny_ungrouped"])
+@SMALL
 def test_an_empty_batch(variant: str, use_fused: bool, spatial: bool) -> None:
     model = Model(variant, use_fused=use_fused, spatial_dynamic_relu=spatial).eval()
     with torch.no_grad():
@@ -183,8 +199,9 @@ def test_an_empty_batch(variant: str, use_fused: bool, spatial: bool) -> None:
 
 
 @pytest.mark.parametrize("use_fused", [False, True], ids=["plain", "fused"])
+@SMALL
 def test_samples_do_not_see_each_other(use_fused: bool) -> None:
-    model = recipe_model("96m", use_fused=use_fused)
+    model = recipe_model("tiny_ungrouped", use_fused=use_fused)
     x = recipe_image(3, 64, 64, seed=5)
     with torch.no_grad():
         together = model(x)
@@ -192,7 +209,8 @@ def test_samples_do_not_see_each_other(use_fused: bool) -> None:
 
 
 @pytest.mark.parametrize("use_fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("variant", ["26m", "52m"])
+@pytest.mark.parametrize("variant", ["tiny", "tiny_ungrouped"])
+@SMALL
 def test_memory_layout_of_the_input_does_not_matter(variant: str, use_fused: bool) -> None:
     model = recipe_model(variant, use_fused=use_fused)
     x = recipe_image(2, 64, 96, seed=5)
@@ -214,11 +232,12 @@ def test_the_fused_maps_lie_as_their_convolutions_like_it(
     assert features.is_contiguous(memory_format=layout)
 
 
+@SMALL
 def test_the_input_is_left_alone() -> None:
     x = recipe_image(1, 64, 64, seed=5, dtype=torch.float32)
     before = x.clone()
     for use_fused in (False, True):
-        model = recipe_model("26m", dtype=torch.float32, use_fused=use_fused)
+        model = recipe_model("tiny", dtype=torch.float32, use_fused=use_fused)
         model(x).sum().backward()
         model.to_inference()(x)
     assert torch.equal(x, before)
@@ -226,7 +245,8 @@ def test_the_input_is_left_alone() -> None:
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen norms"])
 @pytest.mark.parametrize("spatial", [False, True], ids=["token 0", "spatial"])
-@pytest.mark.parametrize("variant", ["26m", "96m"])
+@pytest.mark.parametrize("variant", ["26m", "tiny_ungrouped"])
+@SMALL
 def test_fused_gradients_equal_plain_ones(variant: str, spatial: bool, frozen: bool) -> None:
     """Also where a model in training keeps its norms frozen: there they are folded, differentiably."""
     gradients = []

@@ -5,17 +5,25 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
 from golden_support import recipe_image, recipe_model
+from tiny_support import tiny_variants
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from mobileformer import Model
 
 FUSED = pytest.mark.parametrize("use_fused", [False, True], ids=["plain", "fused"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """Most networks are small ones."""
+    with tiny_variants():
+        yield
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:
@@ -33,7 +41,7 @@ def small_image(batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
 @FUSED
 @pytest.mark.parametrize("make", [lambda m: m, Model.to_inference], ids=["model", "inference"])
 def test_deepcopy_is_independent(use_fused: bool, make: Callable) -> None:
-    model = make(recipe_model("26m", dtype=torch.float32, use_fused=use_fused))
+    model = make(recipe_model("tiny", dtype=torch.float32, use_fused=use_fused))
     twin = copy.deepcopy(model)
     x = small_image()
     expected = predict(model, x)
@@ -47,7 +55,7 @@ def test_deepcopy_is_independent(use_fused: bool, make: Callable) -> None:
 @FUSED
 @pytest.mark.parametrize("make", [lambda m: m, Model.to_inference], ids=["model", "inference"])
 def test_pickle_and_torch_save(use_fused: bool, make: Callable) -> None:
-    model = make(recipe_model("26m", dtype=torch.float32, use_fused=use_fused))
+    model = make(recipe_model("tiny", dtype=torch.float32, use_fused=use_fused))
     expected = predict(model, small_image())
     assert torch.equal(predict(pickle.loads(pickle.dumps(model)), small_image()), expected)
     buffer = io.BytesIO()
@@ -57,7 +65,7 @@ def test_pickle_and_torch_save(use_fused: bool, make: Callable) -> None:
 
 
 def test_one_state_dict_for_both_ways() -> None:
-    plain, fused = Model("96m", use_fused=False), Model("96m", use_fused=True)
+    plain, fused = Model("tiny_ungrouped", use_fused=False), Model("tiny_ungrouped", use_fused=True)
     assert list(plain.state_dict()) == list(fused.state_dict())
     fused.load_state_dict(plain.state_dict())
     x = small_image()
@@ -69,7 +77,7 @@ def test_one_state_dict_for_both_ways() -> None:
 
 @FUSED
 def test_to_another_dtype_and_back(use_fused: bool) -> None:
-    model = recipe_model("26m", dtype=torch.float32, use_fused=use_fused)
+    model = recipe_model("tiny", dtype=torch.float32, use_fused=use_fused)
     x = small_image()
     expected = predict(model, x)
     assert predict(model.double(), x.double()).dtype == torch.float64
@@ -79,9 +87,9 @@ def test_to_another_dtype_and_back(use_fused: bool) -> None:
 
 @FUSED
 def test_through_the_meta_device(use_fused: bool) -> None:
-    source = recipe_model("26m", dtype=torch.float32, use_fused=use_fused)
+    source = recipe_model("tiny", dtype=torch.float32, use_fused=use_fused)
     with torch.device("meta"):
-        model = Model("26m", use_fused=use_fused)
+        model = Model("tiny", use_fused=use_fused)
     assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 1000)
     model = model.to_empty(device="cpu").eval()
     model.load_state_dict(source.state_dict())
@@ -90,7 +98,7 @@ def test_through_the_meta_device(use_fused: bool) -> None:
 
 @FUSED
 def test_channels_last_parameters(use_fused: bool) -> None:
-    model = recipe_model("26m", use_fused=use_fused)
+    model = recipe_model("tiny", use_fused=use_fused)
     x = small_image(dtype=torch.float64)
     expected = predict(model, x)
     model = model.to(memory_format=torch.channels_last)
@@ -98,7 +106,7 @@ def test_channels_last_parameters(use_fused: bool) -> None:
 
 
 @FUSED
-@pytest.mark.parametrize("variant", ["26m", "96m"])
+@pytest.mark.parametrize("variant", ["26m", "tiny_ungrouped"])
 def test_autocast(variant: str, use_fused: bool) -> None:
     model = recipe_model(variant, dtype=torch.float32, use_fused=use_fused)
     x = small_image()
@@ -133,7 +141,7 @@ def test_training_lowers_the_loss(use_fused: bool) -> None:
 
 
 def test_synchronised_norms_fold_too() -> None:
-    model = recipe_model("26m")
+    model = recipe_model("tiny")
     expected = predict(model, small_image(dtype=torch.float64))
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.testing.assert_close(predict(model, small_image(dtype=torch.float64)), expected)
@@ -148,7 +156,7 @@ def test_synchronised_norms_fold_too() -> None:
 
 def test_hooks_on_every_part_are_called() -> None:
     """And what they keep is what the part gave, not what a later operator wrote over it."""
-    plain, fused = (recipe_model("96m", use_fused=use_fused) for use_fused in (False, True))
+    plain, fused = (recipe_model("tiny_ungrouped", use_fused=use_fused) for use_fused in (False, True))
     x = small_image(dtype=torch.float64)
     expected, kept = keep_outputs(plain, x, plain.blocks.named_modules())
     for name in kept:
@@ -189,12 +197,12 @@ class Adapter(nn.Module):
     [
         "blocks.2.former.query",
         "blocks.2.former.norm",
-        "blocks.3.expand_relu.reduce",
-        "blocks.3.former_to_mobile.value",
-        "blocks.3.mobile_to_former.query",
-        "blocks.3.expand.conv",
-        "blocks.3.depthwise.conv",
-        "blocks.2.squeeze.norm",
+        "blocks.2.expand_relu.reduce",
+        "blocks.2.former_to_mobile.value",
+        "blocks.2.mobile_to_former.query",
+        "blocks.2.expand.conv",
+        "blocks.2.depthwise.conv",
+        "blocks.1.squeeze.norm",
         "stem.conv",
         "head.expand.norm",
         "head.fc",
@@ -204,7 +212,7 @@ class Adapter(nn.Module):
 def test_a_part_put_in_the_place_of_another_is_called(path: str, training: bool) -> None:
     logits = {}
     for use_fused in (False, True):
-        model = recipe_model("52m", use_fused=use_fused).train(training)
+        model = recipe_model("tiny_ungrouped", use_fused=use_fused).train(training)
         x = small_image(4, torch.float64)
         before = predict(model, x)
         model.set_submodule(path, Adapter(model.get_submodule(path)))
@@ -232,7 +240,7 @@ def test_norms_alone_can_be_in_training() -> None:
     """A pass with only the norms in training refreshes their statistics; they must not be folded then."""
     models = []
     for use_fused in (False, True):
-        model = recipe_model("96m", use_fused=use_fused)
+        model = recipe_model("tiny_ungrouped", use_fused=use_fused)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.train()

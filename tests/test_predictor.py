@@ -15,6 +15,7 @@ import pytest
 import torch
 from cli_support import NAMES, expected, make_files
 from PIL import Image
+from tiny_support import tiny_variants
 
 import mf_kernels
 import mobileformer
@@ -36,10 +37,20 @@ needs_engine = pytest.mark.skipif(library.why_not() is not None, reason=f"no eng
 MEAN, STD = (0.3, 0.5, 0.6), (0.2, 0.25, 0.3)  # not ImageNet's, which is what a file without them would get
 
 
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """A small network answers, where no other process has to know it."""
+    with tiny_variants():
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The command line's files, weights with a normalisation of their own, and the same folded."""
-    folder = make_files(tmp_path_factory.mktemp("predictor"))
+    return with_own_normalisation(make_files(tmp_path_factory.mktemp("predictor"), "tiny"))
+
+
+def with_own_normalisation(folder: Path) -> Path:
     model = mobileformer.load_model(folder / "named.safetensors")
     told: dict[str, Any] = {"labels": NAMES, "mean": MEAN, "std": STD, "input_size": 64, "crop_fraction": 0.9}
     mobileformer.save_weights(model, folder / "own.safetensors", **told)
@@ -173,7 +184,7 @@ def test_pytorch_gives_the_same_for_bytes_bit_by_bit(folder: Path, photo: Path, 
 @needs_engine
 def test_the_engine_and_no_kernel_of_pytorch_serves_by_default(folder: Path, photo: Path) -> None:
     predictor = Predictor(folder / "own.safetensors", threads=2)
-    assert repr(predictor) == "Predictor(26m, engine, float32, cpu)"
+    assert repr(predictor) == "Predictor(tiny, engine, float32, cpu)"
     assert predictor.network.model is None
     assert predictor.network.engine is not None
     assert predictor.network.engine.threads == 2
@@ -200,7 +211,8 @@ def test_any_weights_are_opened(folder: Path, photo: Path, weights: str) -> None
 
 
 @needs_engine
-def test_a_folded_file_needs_no_torch(folder: Path, photo: Path) -> None:
+def test_a_folded_file_needs_no_torch(photo: Path, tmp_path: Path) -> None:
+    folder = with_own_normalisation(make_files(tmp_path))
     code = (
         "import sys\n"
         "from mobileformer.prediction import Predictor\n"

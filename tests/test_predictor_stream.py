@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cli_support import make_files
+from tiny_support import tiny_variants
 
 from mobileformer.inference import library
 from mobileformer.prediction import Answer, AnswerFile, AnswerFileError, InputView, Picture, Predictor, run_key
@@ -20,9 +21,16 @@ from mobileformer.prediction.answers import answer_to
 pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarning")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """A small network answers."""
+    with tiny_variants():
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_files(tmp_path_factory.mktemp("stream"))
+    return make_files(tmp_path_factory.mktemp("stream"), "tiny")
 
 
 def pictures(count: int) -> list[np.ndarray]:

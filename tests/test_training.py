@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from training_support import Blobs, tiny
+from tiny_support import tiny_variants
+from training_support import Blobs, smaller, tiny
 
 from mobileformer import Model, load_model, read_metadata, save_weights
 from mobileformer.data.image import ImageError
@@ -29,6 +30,13 @@ from mobileformer.training.step import Update
 from mobileformer.visualize.curves import draw_curves
 
 
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """All but one run train a small network."""
+    with tiny_variants():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -39,7 +47,9 @@ def one_thread() -> Iterator[None]:
 
 def run(folder: Path, recipe: Recipe | None = None, source: Any = None, **options: Any) -> dict[str, Any]:
     with join("cpu") as world:
-        return train(source or Blobs(), Blobs(12, seed=1), recipe or tiny(), Options(output=folder, **options), world)
+        return train(
+            source or Blobs(), Blobs(12, seed=1), recipe or smaller(), Options(output=folder, **options), world
+        )
 
 
 def test_a_run_learns_and_writes_everything(tmp_path: Path) -> None:
@@ -66,7 +76,7 @@ def test_a_run_learns_and_writes_everything(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_log_says_which_kernels_served(tmp_path: Path, fused: bool) -> None:
-    run(tmp_path, tiny(epochs=1), use_fused=fused)
+    run(tmp_path, smaller(epochs=1), use_fused=fused)
     served = next(event["served"] for event in read_log(tmp_path / "log.jsonl") if event["kind"] == "kernels")
     operators = ("mobile_to_former", "former_to_mobile", "dynamic_relu", "depthwise_conv2d", "batch_norm_activation")
     assert {name.split(":")[0] for name in served if ":native:" in name} == (
@@ -80,7 +90,7 @@ def test_a_run_needs_neither_matplotlib_nor_tensorboard(
     for module in [*sys.modules, "matplotlib", "tensorboard"]:
         if module.split(".")[0] in ("matplotlib", "tensorboard") or module.startswith("torch.utils.tensorboard"):
             monkeypatch.setitem(sys.modules, module, None)
-    result = run(tmp_path / "run", tiny(epochs=1))
+    result = run(tmp_path / "run", smaller(epochs=1))
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads(json.dumps(result))
     assert not (tmp_path / "run" / "curves.png").exists()
     told = capsys.readouterr().err
@@ -89,36 +99,36 @@ def test_a_run_needs_neither_matplotlib_nor_tensorboard(
 
 
 def test_a_run_goes_on_only_with_its_own_recipe(tmp_path: Path) -> None:
-    run(tmp_path, tiny(epochs=1))
+    run(tmp_path, smaller(epochs=1))
     with pytest.raises(TrainingError, match=r"belongs to a run of another recipe \(epochs 1 -> 2, learning_rate"):
-        run(tmp_path, tiny(epochs=2, learning_rate=5e-4))
-    again = run(tmp_path, tiny(epochs=1))
+        run(tmp_path, smaller(epochs=2, learning_rate=5e-4))
+    again = run(tmp_path, smaller(epochs=1))
     assert again["updates"] == 4
-    assert run(tmp_path, tiny(epochs=2), fresh=True)["updates"] == 8
+    assert run(tmp_path, smaller(epochs=2), fresh=True)["updates"] == 8
     kinds = [event["kind"] for event in read_log(tmp_path / "log.jsonl")]
     assert kinds.count("start") == 1
 
 
 def test_damaged_checkpoints_are_told(tmp_path: Path) -> None:
-    run(tmp_path, tiny(epochs=1))
+    run(tmp_path, smaller(epochs=1))
     path = tmp_path / "checkpoint.pt"
     whole = path.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"not a checkpoint"):
         path.write_bytes(damaged)
         with pytest.raises(TrainingError, match=r"checkpoint\.pt: a checkpoint that cannot be read"):
-            run(tmp_path, tiny(epochs=1))
-    save_state(path, tiny(epochs=1), Progress(), model={}, optimizer={}, average=None)
+            run(tmp_path, smaller(epochs=1))
+    save_state(path, smaller(epochs=1), Progress(), model={}, optimizer={}, average=None)
     content = torch.load(path)
     torch.save({**content, "format": 99}, path)
     with pytest.raises(TrainingError, match="format 99"):
-        load_state(path, tiny(epochs=1))
+        load_state(path, smaller(epochs=1))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
-    run(tmp_path, tiny(epochs=1))
-    good = load_state(tmp_path / "checkpoint.pt", tiny(epochs=1))
+    run(tmp_path, smaller(epochs=1))
+    good = load_state(tmp_path / "checkpoint.pt", smaller(epochs=1))
 
-    recipe = tiny(micro_batch=4, global_batch=8)
+    recipe = smaller(micro_batch=4, global_batch=8)
     task = Classification(Blobs(), recipe, None)
     network = task.model
     before = {name: value.clone() for name, value in network.named_parameters()}
@@ -132,7 +142,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         update(batches, 1e-3, 9, stop=False)
     assert all(torch.equal(before[name], value) for name, value in network.named_parameters())
 
-    exploding = tiny(epochs=1, learning_rate=1e30, clip_norm=0.0)
+    exploding = smaller(epochs=1, learning_rate=1e30, clip_norm=0.0)
     (tmp_path / "second").mkdir()
     save_state(
         tmp_path / "second" / "checkpoint.pt", exploding, Progress(), model=good["model"], optimizer=good["optimizer"],
@@ -151,21 +161,21 @@ def test_broken_images_are_named_counted_and_limited(tmp_path: Path) -> None:
                 raise ImageError(f"image-{index}.png: cut off")
             return super().__getitem__(index)
 
-    result = run(tmp_path / "a", tiny(epochs=2), Torn())
+    result = run(tmp_path / "a", smaller(epochs=2), Torn())
     assert result["broken_images"] == 4
     named = [event["image"] for event in read_log(tmp_path / "a" / "log.jsonl") if event["kind"] == "broken"]
     assert sorted(named) == ["image-3.png: cut off"] * 2 + ["image-4.png: cut off"] * 2
     with pytest.raises(TrainingError, match="max_broken: 2 images could not be read, more than 1"):
-        run(tmp_path / "b", tiny(epochs=1), Torn(), max_broken=1)
+        run(tmp_path / "b", smaller(epochs=1), Torn(), max_broken=1)
 
 
 def test_frozen_features_stay(tmp_path: Path) -> None:
-    save_weights(Model("26m", num_classes=5, in_chans=1), tmp_path / "start.safetensors", mean=[0.5], std=[0.25])
-    recipe = tiny(variant="", freeze="features", mean=[], std=[])
+    save_weights(Model("tiny", num_classes=5, in_chans=1), tmp_path / "start.safetensors", mean=[0.5], std=[0.25])
+    recipe = smaller(variant="", freeze="features", mean=[], std=[])
     run(tmp_path, recipe, weights=tmp_path / "start.safetensors")
     before = load_model(tmp_path / "start.safetensors").state_dict()
     after = load_model(tmp_path / "last.safetensors")
-    assert (after.num_classes, after.variant) == (3, "26m")
+    assert (after.num_classes, after.variant) == (3, "tiny")
     assert read_metadata(tmp_path / "last.safetensors").mean == (0.5,)
     changed = {
         name
@@ -177,21 +187,23 @@ def test_frozen_features_stay(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
-    save_weights(Model("26m", num_classes=5, in_chans=1), tmp_path / "grey.safetensors")
-    with pytest.raises(TrainingError, match=r"variant: the recipe says 52m, .*grey\.safetensors holds 26m"):
-        run(tmp_path / "run", tiny(variant="52m"), weights=tmp_path / "grey.safetensors")
+    save_weights(Model("tiny", num_classes=5, in_chans=1), tmp_path / "grey.safetensors")
+    with pytest.raises(
+        TrainingError, match=r"variant: the recipe says tiny_ungrouped, .*grey\.safetensors holds tiny\b"
+    ):
+        run(tmp_path / "run", smaller(variant="tiny_ungrouped"), weights=tmp_path / "grey.safetensors")
     with pytest.raises(TrainingError, match="variant: the recipe leaves it to the initial weights"):
-        run(tmp_path / "run", tiny(variant=""))
+        run(tmp_path / "run", smaller(variant=""))
 
 
 def test_an_uneven_share_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="2 micro-batches of 4, which 3 processes cannot share evenly"):
-        train(Blobs(), Blobs(), tiny(), Options(output=tmp_path), World(0, 3, torch.device("cpu")))
+        train(Blobs(), Blobs(), smaller(), Options(output=tmp_path), World(0, 3, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("values", [{"precision": "bfloat16"}, {"average_decay": 0.9, "average_images": 16}])
 def test_other_kinds_of_run(tmp_path: Path, values: dict[str, Any]) -> None:
-    result = run(tmp_path, tiny(epochs=1, **values))
+    result = run(tmp_path, smaller(epochs=1, **values))
     assert math.isfinite(result["loss"])
 
 
@@ -205,8 +217,8 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return real(model, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", capture)
-    plain = run(tmp_path / "plain", tiny(epochs=1))
-    whole = run(tmp_path / "compiled", tiny(epochs=1, compile=True))
+    plain = run(tmp_path / "plain", smaller(epochs=1))
+    whole = run(tmp_path / "compiled", smaller(epochs=1, compile=True))
     assert len(compiled) == 1
     assert whole["loss"] == pytest.approx(plain["loss"], rel=1e-4)
 
@@ -235,7 +247,7 @@ def test_freed_memory_goes_back() -> None:
 def test_a_run_gives_freed_memory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[None] = []
     monkeypatch.setattr("mobileformer.training.run.give_back_free_memory", lambda: calls.append(None))
-    run(tmp_path / "run", tiny(epochs=3, micro_batch=2, global_batch=2), Blobs(80))  # 120 updates
+    run(tmp_path / "run", smaller(epochs=3, micro_batch=2, global_batch=2), Blobs(68))  # 102 updates
     assert len(calls) == 1
 
 

@@ -15,13 +15,21 @@ import torch
 from cli_support import run as command
 from cli_support import run_json
 from data_support import picture
-from training_support import Blobs, tiny
+from tiny_support import tiny_variants
+from training_support import Blobs, smaller
 
 from mobileformer import Model, WeightsError, load_model, read_metadata
 from mobileformer.evaluation.accuracy import ranks_of
 from mobileformer.training import Options, Recipe, RecipeError, TrainingError, join, read_recipe, train
 from mobileformer.training.lock import lock_folder
 from mobileformer.training.state import load_state, previous_of
+
+
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """Every run trains a small network."""
+    with tiny_variants():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +43,7 @@ def one_thread() -> Iterator[None]:
 def run(folder: Path, recipe: Recipe | None = None, source: Any = None, val: Any = None, **options: Any) -> Any:
     with join("cpu") as world:
         given = source or Blobs(16), val or Blobs(6, seed=1)
-        return train(*given, recipe or tiny(epochs=2), Options(output=folder, **options), world)
+        return train(*given, recipe or smaller(epochs=2), Options(output=folder, **options), world)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +67,7 @@ def damages(whole: bytes) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("how", ["empty", "half", "flipped", "text", "zeros", "missing"])
 def test_the_checkpoint_before_stands_in_for_a_damaged_one(finished: Path, how: str) -> None:
-    path, recipe = finished / "checkpoint.pt", tiny(epochs=2)
+    path, recipe = finished / "checkpoint.pt", smaller(epochs=2)
     whole = path.read_bytes()
     try:
         path.unlink()
@@ -114,7 +122,7 @@ def test_what_would_run_code_is_not_advised(tmp_path: Path) -> None:
 
 def test_a_fresh_run_keeps_no_checkpoint_of_another(finished: Path, tmp_path: Path) -> None:
     folder = copied(finished, tmp_path)
-    run(folder, tiny(epochs=1), fresh=True)
+    run(folder, smaller(epochs=1), fresh=True)
     assert not previous_of(folder / "checkpoint.pt").exists()
 
 
@@ -149,9 +157,9 @@ def test_a_run_goes_on_only_with_its_own_data(finished: Path, tmp_path: Path) ->
         with pytest.raises(TrainingError, match=f"belongs to a run on other data: {message}; .*--fresh"):
             run(finished, source=source, val=val)
     named = tmp_path / "named"
-    run(named, tiny(epochs=1), Named(16, "a"))
+    run(named, smaller(epochs=1), Named(16, "a"))
     with pytest.raises(TrainingError, match="names or order of the images in training"):
-        run(named, tiny(epochs=1), Named(16, "b"))
+        run(named, smaller(epochs=1), Named(16, "b"))
 
 
 def test_a_checkpoint_that_does_not_know_its_data_still_serves(finished: Path, tmp_path: Path) -> None:
@@ -164,19 +172,19 @@ def test_a_checkpoint_that_does_not_know_its_data_still_serves(finished: Path, t
     assert run(folder)["updates"] == 4
     torch.save(content, folder / "old.pt")
     metadata = read_metadata(folder / "old.pt")
-    assert (metadata.variant, metadata.num_classes, metadata.in_chans, metadata.mean) == ("26m", 3, 1, (0.3,))
+    assert (metadata.variant, metadata.num_classes, metadata.in_chans, metadata.mean) == ("tiny", 3, 1, (0.3,))
     assert metadata.task == "classification"
 
 
 def test_a_finished_run_is_extended(finished: Path, tmp_path: Path) -> None:
     folder = copied(finished, tmp_path)
     with pytest.raises(TrainingError, match=r"\(epochs 2 -> 3\); --extend goes on with it"):
-        run(folder, tiny(epochs=3))
-    assert run(folder, tiny(epochs=3), extend=True)["updates"] == 6
+        run(folder, smaller(epochs=3))
+    assert run(folder, smaller(epochs=3), extend=True)["updates"] == 6
     with pytest.raises(TrainingError, match=r"3 epochs are done, more than epochs \+ cooldown_epochs = 1"):
-        run(folder, tiny(epochs=1), extend=True)
+        run(folder, smaller(epochs=1), extend=True)
     with pytest.raises(TrainingError, match="learning_rate"):
-        run(folder, tiny(epochs=4, learning_rate=1.0), extend=True)
+        run(folder, smaller(epochs=4, learning_rate=1.0), extend=True)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -218,7 +226,7 @@ def test_weights_come_out_before_the_first_evaluation(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             return super().__getitem__(index)
 
-    recipe = tiny(epochs=2, average_decay=0.9)
+    recipe = smaller(epochs=2, average_decay=0.9)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, recipe, Stops(16), save_minutes=0)
     assert not (tmp_path / "last.safetensors").exists()
@@ -252,7 +260,7 @@ def test_the_run_and_the_command_count_the_same(tmp_path: Path, monkeypatch: pyt
     original = Model.forward_head
     monkeypatch.setattr(Model, "forward_head", lambda self, *a, **k: original(self, *a, **k) * 0)
     sizes = ["--set", "global_batch=4", "--set", "micro_batch=4", "--set", "epochs=1", "--set", "sizes=[[0, 32]]"]
-    more = ["--set", "variant=26m", "--set", "warmup_epochs=0", "--set", "cooldown_epochs=0", "--threads", 1]
+    more = ["--set", "variant=tiny", "--set", "warmup_epochs=0", "--set", "cooldown_epochs=0", "--threads", 1]
     arguments = ["train", tmp_path / "data", "--recipe", "294m", "--output", tmp_path / "run", *sizes, *more]
     trained = run_json(*arguments, "--set", "randaugment=")
     weights = tmp_path / "run" / "last.safetensors"

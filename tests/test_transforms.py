@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_support import tiny_variants
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -20,6 +21,13 @@ from mobileformer.measure.difference import lively_weights_
 
 Function = Callable[..., Any]
 TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """The model is a small one."""
+    with tiny_variants():
+        yield
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -214,9 +222,9 @@ def test_a_transform_inside_a_compiled_function_and_around_one(name: str) -> Non
 
 def twins(training: bool, **options: Any) -> tuple[Model, Model]:
     """(the fused model, the plain one in float64), with the same weights."""
-    fused = Model("26m", num_classes=3, **options).train(training)
+    fused = Model("tiny", num_classes=3, **options).train(training)
     lively_weights_(fused)
-    plain = Model("26m", num_classes=3, use_fused=False, **options).double().train(training)
+    plain = Model("tiny", num_classes=3, use_fused=False, **options).double().train(training)
     plain.load_state_dict(fused.state_dict())
     return fused, plain
 

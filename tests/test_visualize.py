@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
+from tiny_support import tiny_variants
 from torch import Tensor, nn
 
 import mf_kernels
@@ -22,7 +24,14 @@ from mobileformer.visualize import (
 )
 
 
-def made(variant: str = "26m", **arguments: object) -> Model:
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """Small networks, where not every published one is looked into."""
+    with tiny_variants():
+        yield
+
+
+def made(variant: str = "tiny", **arguments: object) -> Model:
     model = Model(variant, num_classes=5, **arguments).eval()  # pyright: ignore[reportArgumentType]
     lively_weights_(model, seed=7)
     return model
@@ -59,9 +68,8 @@ def test_attention_times_the_map_is_what_the_reference_gathers(channels: int, he
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
-@pytest.mark.parametrize("fused", [True, False])
-def test_every_block_of_every_variant(variant: str, fused: bool) -> None:
-    model = made(variant, use_fused=fused)
+def test_every_block_of_every_variant(variant: str) -> None:
+    model = made(variant)
     config = model.config
     blocks = attention_maps(model, image(model, 65, 47))
     kinds = [block.kind for block in config.blocks]
@@ -113,7 +121,7 @@ def recorded(model: Model, x: Tensor) -> dict[str, list[tuple[Tensor, ...]]]:
 
 @pytest.mark.parametrize(("in_chans", "spatial"), [(3, False), (1, True)])
 def test_the_maps_are_those_that_the_network_computes_with(in_chans: int, spatial: bool) -> None:
-    model = made("96m", in_chans=in_chans, spatial_dynamic_relu=spatial, use_fused=False).double()
+    model = made("tiny_ungrouped", in_chans=in_chans, spatial_dynamic_relu=spatial, use_fused=False).double()
     x = image(model, 49, 64, batch=2)
     blocks, calls = attention_maps(model, x), recorded(model, x)
     assert len(blocks) == len(calls["mobile_to_former"]) == len(calls["former_to_mobile"]) + 1
@@ -130,8 +138,9 @@ def test_the_maps_are_those_that_the_network_computes_with(in_chans: int, spatia
     torch.testing.assert_close(blocks[-1].tokens, tokens, rtol=0, atol=0)
 
 
-def test_fused_and_plain_models_look_at_the_same() -> None:
-    fused, plain = made("52m"), made("52m", use_fused=False)
+@pytest.mark.parametrize("variant", ["tiny", "tiny_ungrouped"])
+def test_fused_and_plain_models_look_at_the_same(variant: str) -> None:
+    fused, plain = made(variant), made(variant, use_fused=False)
     for a, b in zip(attention_maps(fused, image(fused)), attention_maps(plain, image(plain)), strict=True):
         assert torch.equal(a.mobile_to_former, b.mobile_to_former)
         assert torch.equal(a.tokens, b.tokens)
@@ -190,7 +199,7 @@ def test_an_error_leaves_nothing_behind() -> None:
         def forward(self, *arguments: Tensor) -> Tensor:
             raise RuntimeError("a part of somebody else's")
 
-    model.blocks[3].project = Broken()
+    model.blocks[2].project = Broken()
     with pytest.raises(RuntimeError, match="somebody else's"):
         attention_maps(model, image(model))
     assert hooks(model) == 0
@@ -200,7 +209,7 @@ def test_an_error_leaves_nothing_behind() -> None:
 def test_hooks_and_parts_of_the_users_own_are_in_it() -> None:
     model, seen = made(), []
     model.blocks[2].register_forward_hook(lambda *arguments: seen.append(1))
-    model.blocks[1].former_to_mobile.key = nn.Linear(128, 12)
+    model.blocks[1].former_to_mobile.key = nn.Linear(64, 32)
     nn.init.zeros_(model.blocks[1].former_to_mobile.key.weight)
     nn.init.zeros_(model.blocks[1].former_to_mobile.key.bias)
     blocks = attention_maps(model, image(model))

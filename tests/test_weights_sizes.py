@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from golden_support import recipe_model
 from safetensors.torch import load_file, save_file
+from tiny_support import tiny_variants
 from weights_support import states_equal
 
 import mobileformer.weights.load
@@ -25,8 +27,15 @@ from mobileformer import (
 )
 from mobileformer.inference import FoldedNetwork, fold
 
-SMALL = "26m"
+SMALL = "tiny"
 HUGE = "1" + "0" * 15
+
+
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """Files are of a small network."""
+    with tiny_variants():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +71,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_classes": "1000000"}, r"head\.classifier\.weight is 1000x1024, the model has 1000000x1024"),
+        ({"num_classes": "1000000"}, r"head\.classifier\.weight is 1000x48, the model has 1000000x48"),
         ({"in_chans": "4000", "mean": None, "std": None}, r"stem\.conv\.weight is 8x3x3x3, the model has 8x4000x3x3"),
         ({"variant": "508m"}, "does not fit the model"),
     ],
@@ -142,7 +151,7 @@ def test_records_that_unpack_to_more_than_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "stream"])
 def test_shapes_that_repeat_a_few_bytes(ours: Path, tmp_path: Path, zip_format: bool) -> None:
     state = load_file(ours)
-    state["head.classifier.weight"] = torch.zeros(1, 1).expand(10**6, 1024)
+    state["head.classifier.weight"] = torch.zeros(1, 1).expand(10**6, 48)
     state["head.classifier.bias"] = torch.zeros(1).expand(10**6)
     torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=zip_format)
     with pytest.raises(WeightsError, match=r"head\.classifier\.\w+: its shape takes \d+ bytes"):
@@ -187,7 +196,7 @@ def test_what_a_checkpoint_says_has_to_fit_it(tmp_path: Path) -> None:
     content = torch.load(path, weights_only=True)
     content["mobileformer"]["num_classes"] = "1000000"
     torch.save(content, path)
-    with pytest.raises(WeightsError, match="the model has 1000000x1024"):
+    with pytest.raises(WeightsError, match="the model has 1000000x48"):
         load_model(path)
 
 
