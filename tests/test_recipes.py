@@ -49,8 +49,11 @@ def test_published_recipes(variant: str) -> None:
     assert (recipe.beta1, recipe.beta2, recipe.epsilon) == (0.9, 0.999, 1e-8)
 
 
+DETECTORS = ("retinanet-coco", "retinanet-tiny", "end-to-end-coco", "end-to-end-tiny")
+
+
 def test_names() -> None:
-    assert set(recipe_names()) == {*PUBLISHED, "fashion-mnist", "finetune"}
+    assert set(recipe_names()) == {*PUBLISHED, "fashion-mnist", "finetune", *DETECTORS}
     for name in recipe_names():
         read_recipe(name)
 
@@ -84,7 +87,7 @@ def test_a_recipe_is_of_its_tasks_kind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("task", "got"),
-    [("detection", "'detection'"), ("", "''"), ("../x", "'../x'"), (3, "3"), ([], "[]"), (None, "None")],
+    [("segmentation", "'segmentation'"), ("", "''"), ("../x", "'../x'"), (3, "3"), ([], "[]"), (None, "None")],
 )
 def test_tasks_that_there_are_none_of(tmp_path: Path, task: Any, got: str) -> None:
     for make in (lambda: Recipe(task=task), lambda: read_recipe("294m", {"task": task})):

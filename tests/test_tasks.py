@@ -124,7 +124,7 @@ def test_metadata_says_the_task() -> None:
 
 def test_tasks_are_found_by_name() -> None:
     assert tasks.of("classification") is Classification
-    assert tasks.NAMES == ("classification",)
+    assert tasks.NAMES == ("classification", "detection")
     assert issubclass(Classification.recipe_type, ClassificationRecipe)
     with pytest.raises(ValueError, match=r"^task: expected one of 'classification', got 'squares'$"):
         tasks.of("squares")
