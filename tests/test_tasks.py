@@ -126,7 +126,7 @@ def test_tasks_are_found_by_name() -> None:
     assert tasks.of("classification") is Classification
     assert tasks.NAMES == ("classification", "detection")
     assert issubclass(Classification.recipe_type, ClassificationRecipe)
-    with pytest.raises(ValueError, match=r"^task: expected one of 'classification', got 'squares'$"):
+    with pytest.raises(ValueError, match=r"^task: expected one of 'classification', 'detection', got 'squares'$"):
         tasks.of("squares")
 
 
