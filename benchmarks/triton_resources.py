@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -55,6 +56,7 @@ def path_of(version: str) -> Path:
     return RESULTS / f"triton-resources-{'.'.join(version.split('.')[:2])}.json"
 
 
+@functools.cache  # four configurations have the same rows, and it takes seven networks to find them
 def cases_of(rows: str) -> tuple[Case, ...]:
     """Rows of operators: "layers", of every variant at 224 x 224, or "tests", those that are there for a branch."""
     if rows == "tests":

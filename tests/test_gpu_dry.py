@@ -126,7 +126,7 @@ def test_models_have_every_contender(dry: tuple[Path, str]) -> None:
     for section, dtype, timed in (("models", "bfloat16", tasks), ("more-models", "float32", tasks[:1])):
         rows = load(dry[0], section)["rows"]
         for task in timed:
-            names = [row["label"].partition(": ")[2] for row in rows if row["label"].startswith(f"26m {task} {dtype}")]
+            names = [row["label"].partition(": ")[2] for row in rows if row["label"].startswith(f"dry {task} {dtype}")]
             cast = dtype == "bfloat16" and task.startswith("inference")
             expected = ["eager", "eager channels_last", "eager graph", *(["eager cast graph"] if cast else [])]
             assert names == [*expected, "fused", "fused graph", *(["fused cast graph"] if cast else [])]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gpu.graphs import lane
-from gpu.models import DRY_TASKS, SIDE, Group, Task, Trial
+from gpu.models import DRY, DRY_TASKS, SIDE, Group, Task, Trial
 from gpu.operators import check_alive
 from gpu.section import Section
 
@@ -49,7 +49,7 @@ def _label(task: Task, name: str) -> str:
 
 
 def _call(task: Task, name: str, device: str, side: int, dry: bool) -> Callable[[], object]:
-    group = Group("26m" if dry else "294m", task, "bfloat16", (name,))
+    group = Group(DRY.name if dry else "294m", task, "bfloat16", (name,))
     trial = Trial(group, device, side, with_truth=False)
     network, x, parameters = trial.contender(name)
     if trial.train:
