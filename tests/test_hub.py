@@ -218,10 +218,9 @@ def test_the_code_of_the_card_runs(kwargs: dict[str, Any], tmp_path: Path, monke
     assert torch.isfinite(made[name]).all()
 
 
-@pytest.mark.parametrize("variant", ["26m", "294m"])
-def test_multiply_adds_are_those_of_the_table(variant: str) -> None:
-    counted = multiply_adds(Metadata(variant, num_classes=1000, in_chans=3), 224)
-    assert counted == round(MADDS[variant]["conv+linear+matmul"] * 1e6)
+def test_multiply_adds_are_those_of_the_table() -> None:
+    counted = multiply_adds(Metadata("26m", num_classes=1000, in_chans=3), 224)
+    assert counted == round(MADDS["26m"]["conv+linear+matmul"] * 1e6)
 
 
 # The wire

@@ -8,7 +8,7 @@ import json
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from engine_support import isas, needs_engine
 from golden_support import recipe_image, recipe_model
 from kernel_support import in_forks
+from tiny_support import tiny_variants
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,9 +52,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
     return served
 
 
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """Where the engine's numbers are not looked at, a small network runs."""
+    with tiny_variants():
+        yield
+
+
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return recipe_model("26m", dtype=torch.float32)
+    return recipe_model("tiny", dtype=torch.float32)
 
 
 def small_image(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,7 +112,7 @@ def in_float64(model: Model) -> Tensor:
 
 
 def unfused(model: Model) -> Tensor:
-    plain = Model("26m", use_fused=False).eval()
+    plain = Model("tiny", use_fused=False).eval()
     plain.load_state_dict(model.state_dict())
     return plain.to_inference()(small_image())
 
@@ -119,9 +127,9 @@ def with_a_gradient(model: Model) -> Tensor:
 
 def with_a_hook(model: Model) -> Tensor:
     copied, seen = model.to_inference(), []
-    handle = copied.network.blocks[3].register_forward_hook(lambda m, args, out: seen.append(out[0].shape))
+    handle = copied.network.blocks[2].register_forward_hook(lambda m, args, out: seen.append(out[0].shape))
     logits = copied(small_image())
-    assert seen == [(2, 24, 8, 8)]
+    assert seen == [(2, 32, 16, 16)]
     handle.remove()
     assert copied.engine is not None
     return logits
@@ -132,7 +140,7 @@ def with_a_hook_before(model: Model) -> Tensor:
     watched, seen = copy.deepcopy(model), []
     watched.blocks[2].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))
     logits = watched.to_inference()(small_image())
-    assert seen == [(2, 12, 16, 16)]
+    assert seen == [(2, 32, 16, 16)]
     return logits
 
 
@@ -285,7 +293,7 @@ def test_copies_and_pickles_have_engines_of_their_own(model: Model, calls: list[
 def test_a_copy_made_in_inference_mode(model: Model, calls: list[Engine]) -> None:
     with torch.inference_mode():
         copied = model.to_inference()
-        made_inside = Model("26m").eval().to_inference()
+        made_inside = Model("tiny").eval().to_inference()
         first = copied(small_image())
         made_inside(small_image())
     assert torch.equal(copied(small_image()), first)

@@ -94,7 +94,8 @@ def laid(
     height, width = base.shape[:2]
     if logs.shape != base.shape[:2]:
         clipped = Image.fromarray(np.clip(logs, -OCTAVES, OCTAVES).astype(np.float32))
-        box = (0.0, 0.0, *(cells or clipped.size))
+        columns, rows = cells or clipped.size
+        box = (0.0, 0.0, float(columns), float(rows))
         logs = np.asarray(clipped.resize((width, height), Image.Resampling.BILINEAR, box=box))
     colours = shades(logs)
     return over(base, colours[..., :3], colours[..., 3] / 255)
