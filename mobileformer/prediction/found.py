@@ -86,7 +86,7 @@ def found_in(
     boxes = np.clip(boxes, 0, [width, height, width, height]).tolist()
     rows = zip(np.asarray(answer["labels"]).tolist(), scores.tolist(), boxes, strict=True)
     found = tuple(
-        FoundBox(index, labels[index] if labels else None, score, (box[0], box[1], box[2], box[3]))
+        FoundBox(index, None if labels is None else labels[index], score, (box[0], box[1], box[2], box[3]))
         for index, score, box in rows
         if score >= threshold
     )

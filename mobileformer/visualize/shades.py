@@ -94,8 +94,8 @@ def laid(
     height, width = base.shape[:2]
     if logs.shape != base.shape[:2]:
         clipped = Image.fromarray(np.clip(logs, -OCTAVES, OCTAVES).astype(np.float32))
-        box = (0.0, 0.0, *(cells or clipped.size))
-        logs = np.asarray(clipped.resize((width, height), Image.Resampling.BILINEAR, box=box))
+        columns, rows = cells or clipped.size
+        logs = np.asarray(clipped.resize((width, height), Image.Resampling.BILINEAR, box=(0, 0, columns, rows)))
     colours = shades(logs)
     return over(base, colours[..., :3], colours[..., 3] / 255)
 
