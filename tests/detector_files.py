@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def small_variant() -> Iterator[None]:
     """ "small" is a variant inside the block, for files too: a file of it is opened in a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (mobileformer.config, mobileformer.files.metadata):
-            patch.setattr(module, "VARIANTS", MappingProxyType(VARIANTS | {"small": SMALL}))
+            patch.setattr(module, "VARIANTS", MappingProxyType({**VARIANTS, "small": SMALL}))
         yield
 
 
@@ -40,9 +41,9 @@ def save_retinanet(path: Path, *, names: list[str] | None = NAMES, classes: int 
     model = RetinaNet("small", classes, in_chans=in_chans, **heads)  # type: ignore[arg-type]
     with torch.no_grad():
         model.class_head.predict.weight *= 40
-        model.class_head.predict.bias += 4
+        model.class_head.predict.bias.add_(4)  # type: ignore[union-attr]
         model.box_head.predict.weight *= 10
-    told = {"mean": [0.4], "std": [0.3]} if in_chans == 1 else {}
+    told: dict[str, Any] = {"mean": [0.4], "std": [0.3]} if in_chans == 1 else {}
     save_detector(model.eval(), path, labels=names, input_size=SIZE, **told)
     return path
 
@@ -52,7 +53,7 @@ def save_end_to_end(path: Path) -> Path:
     torch.manual_seed(1)
     model = EndToEnd("small", 3, 6, width=32, feature_width=32, hidden=32, depth=[1, 1, 1], preset="focal")
     with torch.no_grad():
-        model.head.classes.bias += 4.6
+        model.head.classes.bias.add_(4.6)
     save_detector(model.eval(), path, labels=NAMES, input_size=SIZE)
     return path
 

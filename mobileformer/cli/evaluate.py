@@ -23,7 +23,7 @@ from mobileformer.cli.weights import ShortSideOption, WeightsOption, check_threa
 
 __all__ = ["evaluate"]
 
-# How each task is evaluated and shown: `run`, `show` and `complaints`.
+# How each task is evaluated and shown: `BATCH`, `run`, `show` and `complaints`.
 _ROOMS: dict[str, Any] = {"classification": evaluate_classes, "detection": evaluate_boxes}
 _UNSET = (None, False, "float32")  # what an option is that nobody gave
 
@@ -43,7 +43,12 @@ def evaluate(
     split: Annotated[
         Literal["train", "val", "test", "all"], typer.Option(help="Which images; all: of class folders alone.")
     ] = "val",
-    batch: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="Images in one call of the network.")] = 64,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MAX_BATCH, help="Images in one call of the network.", show_default="64, of a detector 8"
+        ),
+    ] = None,
     size: ShortSideOption = None,
     path: Annotated[
         Literal["fused", "plain", "engine", "engine-bf16"] | None,
@@ -101,8 +106,8 @@ def evaluate(
         check_threads_option(threads)
         room = _ROOMS[name]
         report = room.run(
-            data, weights, split=split, batch=batch, size=size, labels=labels, device=check_device(device),
-            workers=workers, threads=threads, max_broken=max_broken, **of_task[name],
+            data, weights, split=split, batch=batch or room.BATCH, size=size, labels=labels,
+            device=check_device(device), workers=workers, threads=threads, max_broken=max_broken, **of_task[name],
         )  # fmt: skip
         if as_json:
             print_json(report)

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from mobileformer.evaluation.accuracy import Report, Score
     from mobileformer.prediction import InputView, Predictor
 
-__all__ = ["complaints", "run", "show"]
+__all__ = ["BATCH", "complaints", "run", "show"]
 
+BATCH = 64
 COMPARED = ("plain", "fused", "engine")
 MOST = 10  # mistakes and broken images that are shown; --json has all
 

@@ -84,9 +84,10 @@ def found_in(
     if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
         return Found(name, error=f"{name}: the network's answer is not finite, so there is no box to tell")
     boxes = np.clip(boxes, 0, [width, height, width, height]).tolist()
-    rows = zip(np.asarray(answer["labels"]).tolist(), scores.tolist(), boxes, strict=True)
+    indices: list[int] = np.asarray(answer["labels"]).tolist()
+    rows = zip(indices, scores.tolist(), boxes, strict=True)
     found = tuple(
-        FoundBox(index, labels[int(index)] if labels else None, score, (box[0], box[1], box[2], box[3]))
+        FoundBox(index, None if labels is None else labels[index], score, (box[0], box[1], box[2], box[3]))
         for index, score, box in rows
         if score >= threshold
     )

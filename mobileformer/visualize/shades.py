@@ -95,8 +95,7 @@ def laid(
     if logs.shape != base.shape[:2]:
         clipped = Image.fromarray(np.clip(logs, -OCTAVES, OCTAVES).astype(np.float32))
         columns, rows = cells or clipped.size
-        box = (0.0, 0.0, float(columns), float(rows))
-        logs = np.asarray(clipped.resize((width, height), Image.Resampling.BILINEAR, box=box))
+        logs = np.asarray(clipped.resize((width, height), Image.Resampling.BILINEAR, box=(0, 0, columns, rows)))
     colours = shades(logs)
     return over(base, colours[..., :3], colours[..., 3] / 255)
 
