@@ -94,9 +94,9 @@ def test_inductor() -> None:
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [lambda m: m, Model.to_inference], ids=["model", "inference"])
-def test_export_with_a_dynamic_batch(make: Callable) -> None:
-    model = make(recipe_model("26m", dtype=torch.float32))
+@pytest.mark.parametrize("form", [lambda m: m, Model.to_inference], ids=["model", "inference"])
+def test_export_with_a_dynamic_batch(form: Callable, tiny: Model) -> None:
+    model = form(tiny.float())
     dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
     program = torch.export.export(model, (small_image(3),), dynamic_shapes=dynamic, strict=False)
     for batch in (1, 5, 40):
