@@ -59,7 +59,7 @@ def sources() -> str:
 def build(folder: Path, sample: bool = False) -> str:
     """Build mf_kernels/_cuda.so into folder/lib, its PTX into folder/ptx; gives the compiler's report.
 
-    A sample has the kernels for float32 alone.
+    A sample has the kernels for float32 and sm_90 alone.
     """
     (folder / "ptx").mkdir(parents=True, exist_ok=True)
     command = [
@@ -80,6 +80,8 @@ def build(folder: Path, sample: bool = False) -> str:
     }
     # Away from TORCH_CUDA_ARCH_LIST: the table is of the architectures that a plain install compiles for
     environment.pop("TORCH_CUDA_ARCH_LIST", None)
+    if sample:
+        environment["TORCH_CUDA_ARCH_LIST"] = "9.0+PTX"
     done = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the CUDA library does not build:\n{(done.stdout + done.stderr)[-5000:]}")

@@ -22,9 +22,9 @@ torch.set_num_threads(1)
 NAMES = ["ant", "bee [old]", "cat", "dog, large", "éléphant", "fox", "gnu"]
 
 
-def make_files(folder: Path) -> Path:
-    """Weights of a 26m with 7 classes in several files, and images."""
-    model = mobileformer.Model("26m", num_classes=7).eval()
+def make_files(folder: Path, variant: str = "26m") -> Path:
+    """Weights of a network with 7 classes in several files, and images."""
+    model = mobileformer.Model(variant, num_classes=7).eval()
     lively_weights_(model, seed=3)
     mobileformer.save_weights(model, folder / "plain.safetensors")
     mobileformer.save_weights(model, folder / "named.safetensors", labels=NAMES)
@@ -36,7 +36,7 @@ def make_files(folder: Path) -> Path:
         "optimizer": {"state": {}},
     }
     torch.save(checkpoint, folder / "published.pth.tar")
-    grey = mobileformer.Model("26m", num_classes=7, in_chans=1).eval()
+    grey = mobileformer.Model(variant, num_classes=7, in_chans=1).eval()
     lively_weights_(grey, seed=4)
     mobileformer.save_weights(grey, folder / "grey.safetensors", mean=[0.25], std=[0.5])
     mobileformer.save_weights(grey, folder / "no_mean.safetensors")

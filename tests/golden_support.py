@@ -47,11 +47,23 @@ def recipe_model(variant: str, *, dtype: torch.dtype = torch.float64, **kwargs) 
     """A model with the recipe's weights, in evaluation mode."""
     model = Model(variant, **kwargs)
     state = model.state_dict()
+    for key, values in _recipe_state(variant, tuple(state["stem.conv.weight"].shape), model.num_classes).items():
+        state[key].copy_(values)
+    return model.to(dtype).eval()
+
+
+@functools.lru_cache(maxsize=8)
+def _recipe_state(variant: str, stem: tuple[int, ...], num_classes: int) -> dict[str, Tensor]:
+    """The recipe's values in float32 for a model of so many classes, whose first convolution has this shape."""
+    with torch.device("meta"):
+        model = Model(variant, num_classes=num_classes, in_chans=stem[1], use_fused=False)
+    state = model.state_dict()
+    found = {}
     for ours, official in to_official(state, model.config).items():
         values = recipe.tensor(official, tuple(state[ours].shape))
         if values is not None:
-            state[ours].copy_(torch.from_numpy(values))
-    return model.to(dtype).eval()
+            found[ours] = torch.from_numpy(values).float()
+    return found
 
 
 def recipe_image(batch: int, height: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -36,6 +36,7 @@ class Backend:
     rows: tuple[Case, ...]
     largest: tuple[Case, ...] = ()  # real layers, which differ from the rows in their size alone
     few: bool = False  # slow: small rows and one place tell where others see all
+    in_half: tuple[Case, ...] | None = None  # the rows for dtypes of 16 bits, where that is not all
     views_of_small: tuple[torch.dtype, ...] = ()  # in which views into other memory are taken of the small rows alone
     slack: float = 1.0
     saves_exponents: bool = False  # of the softmax, as their logarithms in float32
@@ -56,6 +57,13 @@ class Backend:
         layouts = self.looks[dtype]
         plain = case in self.largest or (dtype in self.views_of_small and case not in SMALL.values())
         return tuple(layout for layout in layouts if layout in testing.LAYOUTS[:2]) if plain else layouts
+
+    def takes(self, case: Case, dtype: torch.dtype) -> bool:
+        """Whether a row is called with a dtype."""
+        rows = self.in_half if self.in_half is not None and dtype.itemsize == 2 else self.rows
+        return dtype in self.looks and (
+            case.id in {row.id for row in rows} or (dtype == FLOAT32 and case in self.largest)
+        )
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -112,8 +120,9 @@ INTERPRETED = Backend(
     "triton",
     _interpreted,
     {FLOAT32: testing.LAYOUTS, BFLOAT16: testing.LAYOUTS[:2], FLOAT16: ("channels_last",)},
-    operator_rows.TRITON,
+    operator_rows.unique(operator_rows.TRITON, SMALL.values()),
     few=True,
+    in_half=operator_rows.TRITON_IN_HALF,
     views_of_small=(FLOAT32,),
 )
 EMULATED = Backend(
@@ -121,7 +130,10 @@ EMULATED = Backend(
     _emulated,
     # Other strides are copied before a kernel runs
     dict.fromkeys((FLOAT32, FLOAT16, BFLOAT16), ("contiguous", "channels_last", "unaligned")),
-    operator_rows.unique(operator_rows.BRANCHES, operator_rows.CUDA),
+    # Several tasks at one result are a matter of the CPU's kernels; here blocks and parts have rows of their own
+    operator_rows.unique(
+        [case for case in operator_rows.BRANCHES if case not in operator_rows.SPLIT], operator_rows.CUDA
+    ),
     # Without alignment every dtype takes the same way, one value a load
     views_of_small=(FLOAT16, BFLOAT16),
     saves_exponents=True,

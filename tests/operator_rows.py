@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mf_kernels import _triton, testing
 from mf_kernels._cases import _depthwise_conv2d as depthwise
 from mf_kernels._cases import _dynamic_relu as dynamic_relu
 from mf_kernels._cases import _former_to_mobile as former_to_mobile
 from mf_kernels._cases import _mobile_to_former as mobile_to_former
-from mf_kernels.testing import CASES, SMALL, Case
+from mf_kernels.testing import CASES, Case
 
 LAYERS = tuple(case for case in CASES if case.layer_of)
 BRANCHES = tuple(case for case in CASES if not case.layer_of)
@@ -19,6 +20,13 @@ BRANCHES = tuple(case for case in CASES if not case.layer_of)
 FILTERS = tuple(case for case in BRANCHES if "filters a channel" in case.reaches)
 # More than one task of the CPU's kernels works at one result
 SPLIT = tuple(case for case in BRANCHES if any(part in case.reaches for part in ("spans", "strips", "task takes")))
+
+
+# One small row of every operator with tails in every axis, for properties that do not depend on the branch. Triton's
+# interpreter takes its time for every place of a filter.
+SMALL = dict(testing.SMALL)
+if _triton.interpreting():
+    SMALL["depthwise_conv2d"] = depthwise("tails in every axis, stride 2", 2, 3, 5, 3, 1, 3, 2, "identity")
 
 
 def attentions(reaches: str, *shape: int) -> list[Case]:
@@ -54,6 +62,11 @@ TRITON = (
     depthwise("3 filters a channel, 5 x 5", 1, 2, 5, 4, 3, 5, 1, "identity"),
     depthwise("no samples", 0, 5, 6, 6, 2, 3, 1, "identity"),
 )
+# What half precision adds, loads and stores of another width, is the same in every branch
+TRITON_IN_HALF = (
+    *SMALL.values(),
+    *(case for case in TRITON if case.reaches.startswith(("several", "one value", "2 f"))),
+)
 
 # Branches of the grid that the rows for the CPU kernels do not reach
 CUDA = (
@@ -83,4 +96,16 @@ def unique(*rows: Sequence[Case]) -> tuple[Case, ...]:
     return tuple({case.id: case for some in rows for case in some}.values())
 
 
-__all__ = ["BRANCHES", "CUDA", "FILTERS", "LAYERS", "SMALL", "SPLIT", "TRITON", "attentions", "dynamic_relu", "unique"]
+__all__ = [
+    "BRANCHES",
+    "CUDA",
+    "FILTERS",
+    "LAYERS",
+    "SMALL",
+    "SPLIT",
+    "TRITON",
+    "TRITON_IN_HALF",
+    "attentions",
+    "dynamic_relu",
+    "unique",
+]

@@ -9,12 +9,13 @@ import copy
 import functools
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from golden_support import recipe_image, recipe_model
+from golden_support import recipe_image
+from tiny_support import make, tiny_variants
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -167,7 +168,7 @@ WAYS: dict[type[nn.Module], list[Alteration]] = {
 
 def roles(variant: str) -> dict[tuple[str, str], list[str]]:
     """(kind of block, path inside) -> paths: the parts that one line of code treats alike."""
-    model = Model(variant, use_fused=False)
+    model = MODELS[variant][False]
     found: dict[tuple[str, str], list[str]] = {}
     for path, part in model.named_modules():
         if type(part) in WAYS or path.count(".") == 1:
@@ -195,16 +196,20 @@ def cases(variant: str, seed: int) -> list[Any]:
     return listed
 
 
-MODELS = {
-    variant: {fused: recipe_model(variant, use_fused=fused) for fused in (False, True)} for variant in ("26m", "52m")
-}
-CASES = [*cases("52m", 2), *cases("26m", 1)[::4]]
+with tiny_variants():
+    MODELS = {
+        variant: {fused: make(variant, use_fused=fused).double() for fused in (False, True)}
+        for variant in ("tiny", "tiny_ungrouped")
+    }
+CASES = [*cases("tiny_ungrouped", 2), *cases("tiny", 1)[::4]]
 
 
 @pytest.fixture(autouse=True)
-def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
+def unwarned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(inference_model, "_warned", set())
     monkeypatch.delenv("MF_KERNELS_STRICT", raising=False)
+    with tiny_variants():
+        yield
 
 
 def altered(variant: str, fused: bool, path: str, way: Alteration, *, training: bool = False) -> Model:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_support import OPS, SMALL, native
+from kernel_support import OPS, native
+from operator_rows import SMALL
 from torch import Tensor
 
 import mf_kernels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_support import SMALL
+from operator_rows import SMALL
 
 import mf_kernels
 from mf_kernels import record_kernels, reference, use_backend

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from cli_support import make_files, run, run_json
 from engine_support import needs_engine
 from PIL import Image
+from tiny_support import tiny_variants
 
 import mobileformer
 from mobileformer.data import sample_photo
@@ -32,12 +34,19 @@ from mobileformer.race import trial as race
 pytestmark = pytest.mark.filterwarnings("ignore::mf_kernels.KernelFallbackWarning")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """What is exported for other runtimes or compiled is a small network."""
+    with tiny_variants():
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_files(tmp_path_factory.mktemp("cli"))
 
 
-SMALL = ("--variant", "26m", "--size", "32", "--repeats", "2", "--no-runtimes")
+SMALL = ("--variant", "tiny", "--size", "32", "--repeats", "2", "--no-runtimes")
 
 
 def test_bench_inference(folder: Path) -> None:
@@ -64,8 +73,8 @@ def test_bench_profile() -> None:
     stages = {stage["name"]: stage for stage in report["stages"]}
     assert sum(stage["share"] for stage in stages.values()) == pytest.approx(1)
     assert sum(stage["ms"] for stage in stages.values()) == pytest.approx(report["total_ms"])
-    assert {"stem", "blocks.1.depthwise", "blocks.8.former", "head.expand", "head.fc, head.classifier"} <= set(stages)
-    assert stages["blocks.1.depthwise"]["gflop_per_s"] > 0
+    assert {"stem", "blocks.2.depthwise", "blocks.2.former", "head.expand", "head.fc, head.classifier"} <= set(stages)
+    assert stages["blocks.2.depthwise"]["gflop_per_s"] > 0
     assert "--profile" in run("bench", *SMALL, "--profile", "--threads", 2, code=2).output
 
 
@@ -84,7 +93,7 @@ def test_bench_bfloat16() -> None:
 
 
 def test_bench_races_other_runtimes() -> None:
-    report = run_json("bench", "--variant", "26m", "--size", "32", "--repeats", "2", "--no-compile", "--batch", 2)
+    report = run_json("bench", "--variant", "tiny", "--size", "32", "--repeats", "2", "--no-compile", "--batch", 2)
     rows = {row["name"]: row for row in report["contenders"]}
     assert list(rows) == ["eager", "eager channels_last", "fused", "fused inference", "onnxruntime", "openvino"]
     for row in rows.values():
@@ -96,7 +105,7 @@ def test_bench_races_other_runtimes() -> None:
 def test_bench_says_why_a_runtime_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setattr(race.Trial, "_exported", None)  # neither gets so far
-    told = run("bench", "--variant", "26m", "--size", "32", "--repeats", "1", "--no-compile", "--dtype", "bfloat16")
+    told = run("bench", "--variant", "tiny", "--size", "32", "--repeats", "1", "--no-compile", "--dtype", "bfloat16")
     assert "without onnxruntime: on the CPU it computes in float32" in told.stderr
     assert "without openvino: " in told.stderr
     assert "mobileformer[export]" in told.stderr

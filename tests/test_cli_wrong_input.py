@@ -18,6 +18,7 @@ from cli_support import make_files
 from detector_files import save_retinanet, small_variant
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_support import tiny_variants
 from typer.testing import CliRunner
 
 import mobileformer
@@ -30,10 +31,17 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def variants() -> Iterator[None]:
+    """Files of a small network: it is all the same to those that are wrong."""
+    with tiny_variants():
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Good files, and in bad/ one of each kind that is wrong."""
-    folder = make_files(tmp_path_factory.mktemp("wrong"))
+    folder = make_files(tmp_path_factory.mktemp("wrong"), "tiny")
     (folder / "labels.txt").write_text("\n".join("abcdefg"))
     for split in ("train", "val"):
         for name in ("one", "two"):
@@ -249,7 +257,7 @@ def test_files_that_cannot_be_read(folder: Path, tmp_path: Path, which: str) -> 
 @pytest.mark.parametrize("which", WRITES)
 def test_files_that_cannot_be_written(folder: Path, tmp_path: Path, which: str) -> None:
     if not (folder / "two.safetensors").exists():
-        model = mobileformer.Model("26m", num_classes=2)
+        model = mobileformer.Model("tiny", num_classes=2)
         mobileformer.save_weights(model, folder / "two.safetensors", labels=["one", "two"])
     (option,) = (argument for argument in WRITES[which] if argument.startswith("OUT"))
     suffix = option.removeprefix("OUT")

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from kernel_support import OPS, SMALL, native
+from kernel_support import OPS, native
+from operator_rows import SMALL
 from torch import Tensor, nn
 
 import mf_kernels

@@ -126,9 +126,10 @@ def test_a_run_goes_on_to_the_bit(data: Path, tmp_path: Path, monkeypatch: pytes
             raise StoppedError
         real(self)
 
-    with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr(_Run, "_epoch", one_epoch)
+    monkeypatch.setattr(_Run, "_epoch", one_epoch)
+    with pytest.raises(StoppedError):
         run(data, tmp_path / "parts", recipe)
+    monkeypatch.setattr(_Run, "_epoch", real)
     assert load_state(tmp_path / "parts" / "checkpoint.pt", recipe)["progress"].updates == 2
     run(data, tmp_path / "parts", recipe, workers=1)
     whole, parts = (load_file(tmp_path / name / "last.safetensors") for name in ("whole", "parts"))

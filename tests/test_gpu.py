@@ -17,7 +17,8 @@ import operator_rows
 import pytest
 import torch
 from golden_support import golden_file, recipe_image, recipe_model
-from kernel_support import CUDA_OPS, SMALL
+from kernel_support import CUDA_OPS
+from operator_rows import SMALL
 from torch import Tensor
 
 import mf_kernels
@@ -28,10 +29,10 @@ DRY = _triton.interpreting()
 if not DRY and not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
+if DRY:  # all of them have their properties shown elsewhere: here, that these tests run
+    CUDA_OPS = ("mobile_to_former", "dynamic_relu")
 pytestmark = pytest.mark.gpu
 DEVICE = "cpu" if DRY else "cuda"
-if DRY:  # what the interpreter takes longest for, on a map of a quarter of the size
-    SMALL = SMALL | {"depthwise_conv2d": next(row for row in operator_rows.TRITON if "stride 2, even" in row.reaches)}
 BACKENDS = ("triton", "native")
 needs_graphs = pytest.mark.skipif(DRY, reason="the CPU has no CUDA graphs and no streams")
 HALF = (torch.bfloat16,) if DRY else (torch.bfloat16, torch.float16)  # the library for the CPU has no float16

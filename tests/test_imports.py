@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kernel_support import OPS, python, runnable
+from kernel_support import OPS, in_forks, python, runnable
 
 import mf_kernels
 import mobileformer
@@ -115,11 +115,15 @@ def test_the_model_loads_the_library_with_fusion_only() -> None:
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
+    return copied(tmp_path / "package")
+
+
+def copied(folder: Path) -> Path:
     """A folder that holds a copy of the kernels, for the tests to break, and the model beside it."""
     source = Path(mf_kernels.__file__).parent
-    shutil.copytree(source, tmp_path / "mf_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "mobileformer").symlink_to(Path(mobileformer.__file__).parent)
-    return tmp_path
+    shutil.copytree(source, folder / "mf_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "mobileformer").symlink_to(Path(mobileformer.__file__).parent)
+    return folder
 
 
 def delete(library: Path) -> None:
@@ -203,22 +207,20 @@ def test_why_a_library_is_not_there(
     assert _native.cpu_calls() == {}
 
 
-@pytest.mark.parametrize(
-    "damage", [delete, ask_for_another_torch, fill_with_text, put_another_library, lose_with_an_empty_record]
-)
-def test_without_a_library_the_reference_serves_with_one_warning(damage: Callable[[Path], None], package: Path) -> None:
-    damage(package / "mf_kernels" / "_cpu.so")
-    seen = report(CALLS, package=package)
-    assert seen["equal"]
-    assert seen["counts"] == {f"{op}:reference": 2 for op in OPS}
-    (warning,) = seen["warnings"]
-    assert warning.startswith("KernelFallbackWarning: mobile_to_former: ")
-    assert all(dict(BROKEN)[damage] in told for told in (warning, *seen["reasons"]))
-
-
-def test_with_the_library_nothing_is_said(package: Path) -> None:
-    """The copy itself works: it is the damage that the test above sees."""
-    seen = report(CALLS, package=package)
+def test_without_a_library_the_reference_serves_with_one_warning(tmp_path: Path) -> None:
+    """And with one, nothing is said: the copy itself works, it is the damage that is seen."""
+    damages = [delete, ask_for_another_torch, fill_with_text, put_another_library, lose_with_an_empty_record]
+    packages = [copied(tmp_path / damage.__name__) for damage in damages]
+    for damage, package in zip(damages, packages, strict=True):
+        damage(package / "mf_kernels" / "_cpu.so")
+    *broken, whole = map(json.loads, in_forks(CALLS, [*packages, copied(tmp_path / "whole")]))
+    for damage, seen in zip(damages, broken, strict=True):
+        assert seen["equal"]
+        assert seen["counts"] == {f"{op}:reference": 2 for op in OPS}
+        (warning,) = seen["warnings"]
+        assert warning.startswith("KernelFallbackWarning: mobile_to_former: ")
+        assert all(dict(BROKEN)[damage] in told for told in (warning, *seen["reasons"]))
+    seen = whole
     assert seen["warnings"] == []
     assert seen["reasons"] == [None] * len(OPS)
     isa = _native.cpu_report()["isa"]

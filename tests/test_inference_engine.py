@@ -16,7 +16,7 @@ import pytest
 import torch
 from engine_support import isas, needs_engine
 from golden_support import recipe_image, recipe_model
-from kernel_support import python
+from kernel_support import in_forks
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -293,13 +293,12 @@ def test_a_copy_made_in_inference_mode(model: Model, calls: list[Engine]) -> Non
     assert len(calls) == 4
 
 
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
+def copied(folder: Path) -> Path:
     """A folder with a copy of both packages' Python and build record, and no engine."""
     for name in ("mf_kernels", "mobileformer"):
         source = Path(mobileformer.__file__).parents[1] / name
-        shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "_engine*"))
-    return tmp_path
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "_engine*"))
+    return folder
 
 
 def record(package: Path, **row: object) -> None:
@@ -337,10 +336,7 @@ MISSING = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "reason"), MISSING, ids=[damage.__name__ for damage, _ in MISSING])
-def test_without_the_library_pytorch_serves_and_says_why(damage: Callable, reason: str, package: Path) -> None:
-    damage(package)
-    code = """
+WITHOUT = """
 import sys  # an editable install finds the engine in its own tree, whatever package was imported
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
 import json, os, warnings
@@ -363,16 +359,21 @@ print(json.dumps({
     "status": library.status(),
 }))
 """
-    done = python(code, package=package)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
-    assert seen["same"]
-    (warning,) = [w for w in seen["warnings"] if "to_inference" in w]
-    assert warning.startswith("KernelFallbackWarning: to_inference: not the CPU engine but")
-    assert len(seen["errors"]) == 3
-    for told in (warning, *seen["errors"], seen["status"]["reason"]):
-        assert reason in told
-    assert seen["status"] == seen["status"] | {"available": False, "isa": None, "runnable": [], "compiled": []}
+
+
+def test_without_the_library_pytorch_serves_and_says_why(tmp_path: Path) -> None:
+    packages = [copied(tmp_path / damage.__name__) for damage, _ in MISSING]
+    for (damage, _), package in zip(MISSING, packages, strict=True):
+        damage(package)
+    for (_, reason), printed in zip(MISSING, in_forks(WITHOUT, packages), strict=True):
+        seen = json.loads(printed)
+        assert seen["same"]
+        (warning,) = [w for w in seen["warnings"] if "to_inference" in w]
+        assert warning.startswith("KernelFallbackWarning: to_inference: not the CPU engine but")
+        assert len(seen["errors"]) == 3
+        for told in (warning, *seen["errors"], seen["status"]["reason"]):
+            assert reason in told
+        assert seen["status"] == seen["status"] | {"available": False, "isa": None, "runnable": [], "compiled": []}
 
 
 def test_an_unknown_instruction_set_is_told(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_support import SMALL, native, runnable
+from kernel_support import native, runnable
+from operator_rows import SMALL
 from torch import Tensor
 
 import mf_kernels

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_support import add_tiny
 
 from mf_kernels import record_kernels
-from mobileformer import Model
-from mobileformer.measure.difference import lively_weights_
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
 
 
 @pytest.mark.filterwarnings("ignore")  # of the exporters themselves
-@pytest.mark.parametrize(("variant", "dynamo"), [("26m", True), ("52m", False)])
-def test_a_fused_model_is_exported_by_torch_itself(tmp_path: Path, variant: str, dynamo: bool) -> None:
-    model = Model(variant, num_classes=7).eval()
-    lively_weights_(model)
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_a_fused_model_is_exported_by_torch_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynamo: bool
+) -> None:
+    model = add_tiny(monkeypatch)
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "model.onnx"
     with torch.no_grad(), record_kernels() as record:

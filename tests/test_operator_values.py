@@ -9,8 +9,9 @@ import pytest
 import slopes_support
 import torch
 import torch.nn.functional as F
-from kernel_support import OPS, SMALL
+from kernel_support import OPS
 from operator_backends import BACKENDS, FLOAT32, FLOAT64, Backend, Results
+from operator_rows import SMALL
 from torch import Tensor
 
 from mf_kernels import reference, testing

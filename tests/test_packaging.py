@@ -1,8 +1,8 @@
 """What a stranger gets: the source archive, the wheel, and the package where nothing can be compiled.
 
-Only the fixture `wheel` is built in isolation: its build environment installs torch, which takes most of this
-file's time. The environments that wheels are installed into see this interpreter's torch through a .pth file, or its
-numpy alone through a link.
+The fixture `wheel` is built where there is nothing but what pyproject.toml asks for, linked from here: an isolated
+build would install a torch of its own, which takes longer than the rest of this file. The environments that wheels are
+installed into see this interpreter's torch through a .pth file, or its numpy alone through a link.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from golden_support import golden_file, recipe_image, recipe_model
+from packaging.requirements import Requirement
 
 from mobileformer.inference import fold
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = str(ROOT / "requirements" / "constraints.txt")
-FLAGS = "-DMF_BASELINE_ONLY -O1"
+FLAGS = "-DMF_BASELINE_ONLY -O0"
 CPU, CUDA, ENGINE = "mf_kernels._cpu", "mf_kernels._cuda", "mobileformer._engine"
 
 # Runs in an environment that holds nothing but the wheel and torch.
@@ -91,8 +94,22 @@ def must_run(*command: str | Path, cwd: Path = Path(sys.prefix), **environment: 
     return done.stdout
 
 
-def build_wheel(source: Path, folder: Path, *options: str, **environment: str) -> Path:
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, *options, source)
+def build_wheel(
+    source: Path, folder: Path, *options: str, python: Path = Path(sys.executable), **environment: str
+) -> Path:
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "wheel",
+        "--no-deps",
+        "--wheel-dir",
+        folder,
+        *options,
+        source,
+    )
     must_run(*pip, PIP_CONSTRAINT=CONSTRAINTS, PIP_BUILD_CONSTRAINT=CONSTRAINTS, **environment)
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -148,7 +165,42 @@ def source(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One instruction set, hardly optimised: the libraries that are tested in place have all of them."""
-    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"), MF_KERNELS_CPU="1", MAX_JOBS="2", CXXFLAGS=FLAGS)
+    python, packages = fresh_environment(tmp_path_factory.mktemp("build"))
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    for name in with_what_they_need(asked):
+        link(name, packages, python.parent)
+    tools = os.pathsep.join([str(python.parent), os.environ["PATH"]])
+    environment = {"MF_KERNELS_CPU": "1", "MAX_JOBS": "2", "CXXFLAGS": FLAGS, "PATH": tools}
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"), "--no-build-isolation", python=python, **environment)
+
+
+def with_what_they_need(requirements: list[str]) -> set[str]:
+    """Names of the distributions, and of all that those require here. The versions that are here have to fit."""
+    found: set[str] = set()
+    waiting = [Requirement(text) for text in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        assert requirement.specifier.contains(metadata.version(requirement.name), prereleases=True), str(requirement)
+        if requirement.name not in found:
+            found.add(requirement.name)
+            waiting += map(Requirement, metadata.requires(requirement.name) or [])
+    return found
+
+
+def link(name: str, packages: Path, programs: Path) -> None:
+    """What a distribution has in this environment, in another one as well."""
+    distribution = metadata.distribution(name)
+    for file in distribution.files or []:
+        if file.parts[0] != "..":
+            target, source = packages / file.parts[0], distribution.locate_file(file.parts[0])
+        elif file.parts[-2] == "bin":
+            target, source = programs / file.name, distribution.locate_file(file)
+        else:
+            continue
+        if not target.exists():
+            target.symlink_to(Path(str(source)).resolve())
 
 
 def fresh_environment(folder: Path) -> tuple[Path, Path]:
@@ -224,7 +276,7 @@ def test_wheel_holds_what_was_built_and_tells_how(wheel: Path) -> None:
         assert row["compiler"]
         assert not any(flag.startswith("-march") or flag == "-ffast-math" for flag in row["flags"])
     assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in record["libraries"][CPU]["flags"]
-    assert [record["libraries"][name]["flags"][-1] for name in (CPU, ENGINE)] == ["-O1", "-O1"]  # the builder's own
+    assert [record["libraries"][name]["flags"][-1] for name in (CPU, ENGINE)] == ["-O0", "-O0"]  # the builder's own
     assert record["torch"].split("+")[0] == pinned("torch")
 
 

@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 import torch
-from kernel_support import OPS, SMALL, native, runnable
+from kernel_support import OPS, native, runnable
+from operator_rows import SMALL
 
 import mf_kernels
 from mf_kernels import KernelFallbackWarning, _native, _registry, record_kernels, reference, testing, use_backend

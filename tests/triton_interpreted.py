@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_support import SMALL, TRITON_OPS
+from kernel_support import TRITON_OPS
 from operator_backends import BACKENDS, INTERPRETED
+from operator_rows import SMALL
 
 import mf_kernels
 from mf_kernels import testing

@@ -37,7 +37,8 @@ def run(section: Section, device: str, dry: bool) -> None:
             if section.done(label):
                 continue
             try:
-                section.add(label, facts | _profiled(_call(task, name, device, 32 if dry else SIDE, dry), device))
+                call = _call(task, name, device, 32 if dry else SIDE, dry)
+                section.add(label, facts | _profiled(call, device, 1 if dry else CALLS))
             except Exception as error:  # noqa: BLE001 whatever a kernel raises is its row's
                 section.fail(label, facts, f"{type(error).__name__}: {str(error)[:2000]}")
                 check_alive(device)
@@ -57,20 +58,20 @@ def _call(task: Task, name: str, device: str, side: int, dry: bool) -> Callable[
     return lambda: trial.probe(network, x, parameters)
 
 
-def _profiled(call: Callable[[], object], device: str) -> dict[str, Any]:
+def _profiled(call: Callable[[], object], device: str, calls: int) -> dict[str, Any]:
     on_card = device != "cpu"
     wait = torch.cuda.synchronize if on_card else lambda: None
-    for _ in range(3):
+    for _ in range(min(3, calls)):
         call()
     wait()
     start = time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(calls):
         call()
     wait()
-    wall = (time.perf_counter() - start) / CALLS
+    wall = (time.perf_counter() - start) / calls
     kind = torch.profiler.ProfilerActivity.CUDA if on_card else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[kind]) as profiler:
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
         wait()
     wanted = torch.autograd.DeviceType.CUDA if on_card else torch.autograd.DeviceType.CPU
@@ -83,11 +84,11 @@ def _profiled(call: Callable[[], object], device: str) -> dict[str, Any]:
     if not counts:
         raise RuntimeError("the profiler saw no kernel")
     return {
-        "kernels": sum(counts.values()) / CALLS,
-        "device_us": sum(times.values()) / CALLS,
+        "kernels": sum(counts.values()) / calls,
+        "device_us": sum(times.values()) / calls,
         "wall_us": 1e6 * wall,
         "by_kernel": [
-            {"kernel": name[:120], "count": counts[name] / CALLS, "us": total / CALLS}
+            {"kernel": name[:120], "count": counts[name] / calls, "us": total / calls}
             for name, total in times.most_common(NAMED)
         ],
     }

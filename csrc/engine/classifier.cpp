@@ -13,6 +13,10 @@ Classifier::Classifier(const Config& config, LayerBuilder& build)
     throw std::invalid_argument("config: groups: the classifier's " + std::to_string(groups) +
                                 " groups do not fill whole blocks of 16 channels");
   }
+  if (hidden_features_ % BLOCK != 0) {
+    throw std::invalid_argument("config: hidden_features: expected a multiple of 16, got " +
+                                std::to_string(hidden_features_));
+  }
   int stride = 2;
   for (const BlockConfig& block : config.blocks) stride *= block.stride;
   // channel i of the shuffled map, which the convolution reads, is this one of the last map
