@@ -16,7 +16,6 @@ from PIL import Image
 
 import mobileformer.config
 import mobileformer.files.metadata
-from mobileformer import VARIANTS
 from mobileformer.data import sample_photo
 from mobileformer.detection import EndToEnd, RetinaNet
 from mobileformer.weights.detectors import save_detector
@@ -30,7 +29,7 @@ def small_variant() -> Iterator[None]:
     """ "small" is a variant inside the block, for files too: a file of it is opened in a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (mobileformer.config, mobileformer.files.metadata):
-            patch.setattr(module, "VARIANTS", MappingProxyType({**VARIANTS, "small": SMALL}))
+            patch.setattr(module, "VARIANTS", MappingProxyType({**module.VARIANTS, "small": SMALL}))
         yield
 
 
