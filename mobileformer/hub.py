@@ -206,5 +206,5 @@ class Model(
 
 
 def _arguments(metadata: Metadata) -> dict[str, Any]:
-    """What a file says, as a `Model` takes it. The task is no argument: it is what the class is for."""
-    return {name: value for name, value in asdict(metadata).items() if name != "task"}
+    """What a file says, as a `Model` takes it. The task is no argument: it is what the class is for, with no others."""
+    return {name: value for name, value in asdict(metadata).items() if name not in ("task", "arguments")}
