@@ -43,7 +43,7 @@ def test_the_code_of_the_readme_runs(number: int, tmp_path: Path) -> None:
 
 
 def test_the_readme_shows_code() -> None:
-    assert len(blocks("README.md", "python")) == 2
+    assert len(blocks("README.md", "python")) == 3
 
 
 @TEXT
