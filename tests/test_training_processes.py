@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from process_support import Command, Server
 from safetensors.torch import load_file
 from training_support import TINY, tiny, write_idx
 
@@ -31,18 +33,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(data: Path, output: Path, *more: str) -> list[str]:
-    return ["-m", "mobileformer", "train", str(data), "--recipe", str(data / "tiny.toml"), "--output", str(output),
-            "--threads", "1", *more]  # fmt: skip
+    return ["train", str(data), "--recipe", str(data / "tiny.toml"), "--output", str(output), "--threads", "1", *more]
 
 
-def start(data: Path, output: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments(data, output, *more)], env=ENVIRONMENT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server(ENVIRONMENT) as server:
+        yield server
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+@pytest.fixture
+def start(data: Path, server: Server) -> Callable[..., Command]:
+    """A run of its own process, by its folder and further arguments."""
+    return lambda output, *more: server.start(*arguments(data, output, *more))
+
+
+def fresh(*command: str) -> subprocess.Popen[str]:
+    """With a Python of its own, as people start it."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-m", *command], env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(process: Command | subprocess.Popen[str]) -> str:
     out, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
     return out
@@ -55,7 +67,7 @@ def updates_in(checkpoint: Path, recipe: Any) -> int:
         return 0
 
 
-def wait_for(checkpoint: Path, updates: int, process: subprocess.Popen[str]) -> None:
+def wait_for(checkpoint: Path, updates: int, process: Command) -> None:
     deadline = time.monotonic() + 120
     recipe = tiny(epochs=2)
     while updates_in(checkpoint, recipe) < updates:
@@ -72,16 +84,16 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(data: Path, tmp_path: Path) -> None:
-    """Bit for bit, on one thread: SIGKILL at two moments, then to the end; beside a run in one go."""
-    whole = start(data, tmp_path / "whole")
+def test_a_killed_run_ends_as_if_it_had_not_been(data: Path, start: Callable[..., Command], tmp_path: Path) -> None:
+    """Bit for bit, on one thread: SIGKILL at two moments, then to the end; beside one in one go, in another Python."""
+    whole = fresh("mobileformer", *arguments(data, tmp_path / "whole"))
     recipe = tiny(epochs=2)
     for updates in (2, 8):  # of 12; the sixth ends an epoch
-        process = start(data, tmp_path / "killed", "--save-minutes", "0")
+        process = start(tmp_path / "killed", "--save-minutes", "0")
         wait_for(tmp_path / "killed" / "checkpoint.pt", updates, process)
         process.kill()
         process.communicate()
-    finish(start(data, tmp_path / "killed"))
+    finish(start(tmp_path / "killed"))
     finish(whole)
     for name in ("last.safetensors", "best.safetensors"):
         whole_weights, killed_weights = (load_file(tmp_path / run / name) for run in ("whole", "killed"))
@@ -95,8 +107,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(data: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_asked_to_stop_saves_first(data: Path, tmp_path: Path, number: signal.Signals) -> None:
-    process = start(data, tmp_path, "--save-minutes", "0", "--set", "epochs=2000")
+def test_a_run_that_is_asked_to_stop_saves_first(
+    start: Callable[..., Command], tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(tmp_path, "--save-minutes", "0", "--set", "epochs=2000")
     recipe = tiny(epochs=2000)
     while updates_in(tmp_path / "checkpoint.pt", recipe) < 2:
         assert process.poll() is None, process.communicate()[1]
@@ -109,16 +123,13 @@ def test_a_run_that_is_asked_to_stop_saves_first(data: Path, tmp_path: Path, num
     assert not list(tmp_path.glob(".*"))
 
 
-def test_two_processes_are_as_one(data: Path, tmp_path: Path) -> None:
+def test_two_processes_are_as_one(data: Path, start: Callable[..., Command], tmp_path: Path) -> None:
     """The loss of every update at equal global batch, to 1e-6; dropout, mixup and erasing are on."""
     assert TINY["global_batch"] == 2 * TINY["micro_batch"]
     more = ("--set", "epochs=1", "--set", "learning_rate=1e-4")
-    one = start(data, tmp_path / "one", *more)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = subprocess.Popen(
-        [sys.executable, *launcher, *arguments(data, tmp_path / "two", *more)], env=ENVIRONMENT,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    one = start(tmp_path / "one", *more)
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mobileformer")
+    two = fresh(*launcher, *arguments(data, tmp_path / "two", *more))
     finish(one)
     finish(two)
     left, right = (
@@ -130,13 +141,13 @@ def test_two_processes_are_as_one(data: Path, tmp_path: Path) -> None:
     assert left[0]["loss"] == pytest.approx(right[0]["loss"], abs=1e-6)
 
 
-def test_wrong_use_is_one_line(data: Path, tmp_path: Path) -> None:
+def test_wrong_use_is_one_line(start: Callable[..., Command], tmp_path: Path) -> None:
     for more, message in (
         (("--set", "epoch=3"), "epoch: no such key in a recipe"),
         (("--weights", str(tmp_path / "none.safetensors")), "none.safetensors"),
         (("--set", "global_batch=4000"), "global_batch: 48 training images are fewer than the 4000 of one update"),
     ):
-        process = start(data, tmp_path / "run", *more)
+        process = start(tmp_path / "run", *more)
         _, error = process.communicate(timeout=60)
         assert process.returncode == 1
         assert error.startswith("error: ")
