@@ -124,7 +124,7 @@ class Detection:
 
     name: ClassVar[str] = "detection"
     recipe_type: ClassVar[type[Recipe]] = DetectionRecipe
-    best_by: ClassVar[Figure] = Figure(key="AP", title="Average precision", unit="share")
+    best_by: ClassVar[Figure] = Figure(key="AP", title="Average precision", unit="of 1")
     loss_unit: ClassVar[str] = "as weighted"
 
     def __init__(self, training: Any, recipe: DetectionRecipe, weights: Path | None, *, use_fused: bool = True) -> None:
