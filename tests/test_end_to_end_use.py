@@ -194,3 +194,9 @@ def test_without_scipy_training_says_what_to_install(monkeypatch: pytest.MonkeyP
     model = small().train()
     with pytest.raises(ImportError, match=r"^scipy is not installed: pip install 'mobileformer\[detection\]'$"):
         model(images(1, 3, 64, 64), [target((1, 1, 9, 9), labels=[0])])
+
+
+def test_an_image_that_is_not_finite_has_no_answer() -> None:
+    model = small()
+    with pytest.raises(ValueError, match=r"^images: expected what gives finite scores and boxes, got NaN"):
+        model(torch.full((1, 3, 64, 64), torch.nan))

@@ -11,20 +11,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mobileformer.config import get_variant
 from mobileformer.detection.boxes import clip, to_corners
 from mobileformer.detection.former_head import FormerHead, Predictions
 from mobileformer.detection.head_blocks import HEAD_WIDTH
 from mobileformer.detection.inputs import Images, Target, as_batch, check_targets
+from mobileformer.detection.on_backbone import OnBackbone, check_finite
 from mobileformer.detection.set_loss import get_preset, set_loss
 from mobileformer.network.backbone import Backbone, check_at_least_one, check_rate
 
 __all__ = ["EndToEnd"]
 
 
-class EndToEnd(nn.Module):
+class EndToEnd(OnBackbone):
     """Queries read the backbone's maps from coarse to fine and say, each of them, what is where, or that nothing is.
 
     ====================  ==============================================================================================
@@ -91,7 +92,8 @@ class EndToEnd(nn.Module):
     the own extent, nothing attends to the padding, and maps are zero there where they enter a stage. The backbone does
     not: its tokens and convolutions see the zeros, as those of DETR do.
 
-    Raises ValueError for an argument or a value out of range, TypeError for a wrong dtype.
+    Raises ValueError for an argument or a value out of range and for answers that are not finite, TypeError for a wrong
+    dtype.
     Source: a re-design. Mobile-Former (CVPR 2022) reports such a detector, and nothing of its head was published.
     """
 
@@ -160,30 +162,6 @@ class EndToEnd(nn.Module):
             class_bias=0.0 if self._preset.no_object else -math.log(99.0),  # a sigmoid starts with 1 in 100
             use_fused=use_fused,
         )
-
-    @property
-    def variant(self) -> str:
-        """Name of the backbone's variant, for instance "294m"."""
-        return self.backbone.variant
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the images."""
-        return self.backbone.in_chans
-
-    @property
-    def spatial_dynamic_relu(self) -> bool:
-        """Whether the backbone's dynamic ReLU has slopes for every position."""
-        return self.backbone.spatial_dynamic_relu
-
-    @property
-    def use_fused(self) -> bool:
-        """Whether the model was built on fused operators. Fixed: build another model to change it."""
-        return self.backbone.use_fused
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As `Backbone.set_grad_checkpointing`, of the backbone."""
-        self.backbone.set_grad_checkpointing(enable)
 
     def forward(self, images: Images, targets: Sequence[Target] | None = None, sizes: Tensor | None = None) -> Any:
         """Losses, predictions or answers: the class has the table."""
@@ -266,6 +244,7 @@ class EndToEnd(nn.Module):
 
     def _answers(self, predictions: Predictions, size: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
         scores, queries, labels = self._preset.best(predictions.logits, self.detections)
+        check_finite(scores, predictions.boxes)
         for score, query, label, boxes in zip(scores, queries, labels, predictions.boxes, strict=True):
             yield {"boxes": _in_pixels(boxes[query], *size), "labels": label, "scores": score}
 

@@ -17,6 +17,7 @@ from mobileformer.detection.anchors import ANCHORS, BACKGROUND, UNDECIDED, ancho
 from mobileformer.detection.boxes import clip, non_maximum_suppression
 from mobileformer.detection.inputs import Images, Target, as_batch, check_targets
 from mobileformer.detection.losses import sigmoid_focal_loss
+from mobileformer.detection.on_backbone import OnBackbone, check_finite
 from mobileformer.detection.pyramid import FeaturePyramid
 from mobileformer.network.backbone import Backbone, check_at_least_one
 
@@ -29,7 +30,7 @@ _RARE = 0.01  # what every class of every anchor is given at first: most hold no
 _CANDIDATES = 1000  # of one level that non-maximum suppression looks at
 
 
-class RetinaNet(nn.Module):
+class RetinaNet(OnBackbone):
     """RetinaNet on a Mobile-Former backbone.
 
     ====================  =================================================================================
@@ -147,30 +148,6 @@ class RetinaNet(nn.Module):
         self.class_head = Head(width, head_depth, num_classes, norm, bias=-math.log((1 - _RARE) / _RARE))
         self.box_head = Head(width, head_depth, 4, norm, bias=0.0)
 
-    @property
-    def variant(self) -> str:
-        """Name of the backbone's variant, for instance "294m"."""
-        return self.backbone.variant
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the images."""
-        return self.backbone.in_chans
-
-    @property
-    def use_fused(self) -> bool:
-        """Whether the backbone was built on the fused operators."""
-        return self.backbone.use_fused
-
-    @property
-    def spatial_dynamic_relu(self) -> bool:
-        """Whether the backbone's dynamic ReLU has slopes for every position."""
-        return self.backbone.spatial_dynamic_relu
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As `Backbone.set_grad_checkpointing`, whose memory is the larger part."""
-        self.backbone.set_grad_checkpointing(enable)
-
     def forward(
         self, images: Images, targets: Sequence[Target] | None = None, sizes: Tensor | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]] | tuple[Tensor, Tensor]:
@@ -245,10 +222,7 @@ class RetinaNet(nn.Module):
         score, place = torch.cat(scores), torch.cat(places)
         anchor, label = place // self.num_classes, place % self.num_classes
         boxes = decode(displacements[anchor], anchors[anchor])
-        if not bool((score.isfinite() & boxes.isfinite().all(1)).all()):
-            raise ValueError(
-                "images: expected what gives finite scores and boxes, got NaN: an image or a weight is not"
-            )
+        check_finite(score, boxes)
         boxes = clip(boxes, height, width)
         full = (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes, score, label = boxes[full], score[full], label[full]
