@@ -416,8 +416,17 @@ BOX, LABEL = torch.tensor([[1.0, 2, 30, 40]]), torch.tensor([2])
         (([],), ValueError, "images: expected a tensor or a list of at least one image, got a list of 0"),
         (({"a": IMAGE},), ValueError, "images: expected a tensor or a list of at least one image, got dict"),
         ((["photo.jpg"],), TypeError, r"images\[0\]: expected a floating tensor, got str"),
-        ((IMAGE,), ValueError, r"images: expected shape \(B, 3, H, W\), got \(3, 64, 64\)"),
-        (([IMAGE, IMAGE[:1]],), ValueError, r"images\[1\]: expected shape \(3, H, W\), got \(1, 64, 64\)"),
+        ((IMAGE,), ValueError, r"images: expected shape \(B, 3, H, W\), none of them 0, got \(3, 64, 64\)"),
+        (
+            (IMAGE[None][:0],),
+            ValueError,
+            r"images: expected shape \(B, 3, H, W\), none of them 0, got \(0, 3, 64, 64\)",
+        ),
+        (
+            ([IMAGE, IMAGE[:1]],),
+            ValueError,
+            r"images\[1\]: expected shape \(3, H, W\), none of them 0, got \(1, 64, 64\)",
+        ),
         (([IMAGE[:, :20]],), ValueError, r"images\[0\]: expected height and width of at least 32, got 20 x 64"),
         (([IMAGE.byte()],), TypeError, r"images\[0\]: expected a floating tensor, got torch.uint8 of shape"),
         (

@@ -110,7 +110,7 @@ def _check_image(name: str, image: Tensor, ndim: int, in_chans: int) -> None:
         raise TypeError(f"{name}: expected a floating tensor, got {_told(image)}")
     axes = "B, " * (ndim == 4) + f"{in_chans}, H, W"
     if image.ndim != ndim or image.shape[-3] != in_chans or 0 in image.shape:
-        raise ValueError(f"{name}: expected shape ({axes}), got {tuple(image.shape)}")
+        raise ValueError(f"{name}: expected shape ({axes}), none of them 0, got {tuple(image.shape)}")
     if min(image.shape[-2:]) < MIN_SIZE:
         raise ValueError(
             f"{name}: expected height and width of at least {MIN_SIZE}, got {image.shape[-2]} x {image.shape[-1]}"
